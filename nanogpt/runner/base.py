@@ -1,0 +1,106 @@
+"""The protocol of a runner: one model step for a batch of sequences. Knows nothing of requests or text.
+
+A runner owns the K/V memory of ``num_slots`` slots of ``config.block_size`` positions. The engine decides what
+a slot holds; the runner computes. All arrays are NumPy and C-contiguous, and are read only during the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from nanogpt.model.config import GPTConfig
+from nanogpt.sampling_params import SamplingParams
+
+Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class SamplingState:
+    """What the sampler has to know of one sequence, kept over its steps.
+
+    ``seed`` is the request's own or a fresh one. ``output_token_ids`` is the sequence's live list, appended to
+    by the scheduler. The random number for an output token depends on ``seed`` and on its index in the output
+    alone (a counter-based generator), so that a sequence gives the same text in any company.
+    """
+
+    params: SamplingParams
+    seed: int
+    prompt_token_ids: Sequence[int]
+    output_token_ids: list[int]
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step. B sequences, N tokens in all, laid end to end in ``token_ids``.
+
+    Sequence b computes ``num_tokens[b]`` tokens at positions ``starts[b] ..`` of its context; its slot already
+    holds K and V of positions ``0 .. starts[b]``. ``sampling[b]`` is None while the sequence will still have
+    tokens to compute after this step (a chunk of a long prompt); otherwise a token is sampled from the logits of
+    its last token. ``num_drafts[b]`` of its last tokens are guesses (speculation): the runner samples at the
+    position of each and keeps what it drew for as long as the guesses agree with it.
+    ``prompt_logprobs[b]`` asks for the log probabilities of the chunk's own tokens (echo).
+    """
+
+    slots: Int32
+    starts: Int32
+    num_tokens: Int32
+    token_ids: Int32
+    sampling: Sequence[SamplingState | None]
+    num_drafts: Int32 | None = None
+    prompt_logprobs: Sequence[int | None] | None = None
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities under the model's own distribution (before temperature and penalties)."""
+
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """``token_ids[b]`` lists what sequence b sampled: empty, one token, or several when guesses were right.
+
+    ``logprobs[b]`` runs alongside where they were asked for. ``prompt_logprobs[b][i]`` belongs to the token
+    that *follows* the chunk's token i (the last one is None when the following token is not in the chunk).
+    """
+
+    token_ids: list[list[int]]
+    logprobs: dict[int, list[TokenLogprobs]]
+    prompt_logprobs: dict[int, Float32]
+
+
+class Runner(Protocol):
+    """Used by one thread at a time."""
+
+    config: GPTConfig
+    num_slots: int
+    device: str
+    """``cpu`` or ``cuda``, as ``/health`` shows it."""
+    precision: str
+    name: str
+    """``torch`` or ``native``."""
+
+    def step(self, batch: Batch) -> StepOutput:
+        """Compute the batch's tokens, write their K and V, sample."""
+        ...
+
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """Copy K and V of the first positions of one slot to another."""
+        ...
+
+    def logits(self, token_ids: Int32) -> Float32:
+        """Logits of every position of one text, outside all slots. Shapes: ``[T]`` → ``[T, V]``."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory and threads; the runner is not used again."""
+        ...
