@@ -1,0 +1,84 @@
+# The project's commands; `make` alone lists them. The two that the README names are `make serve` and `make test`.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -q install
+
+# pip's indexes, certificates and proxies come from its own configuration. The two variables pin what builds the
+# package as well: before pip 25.3 the first one reaches into the isolated build, since then the second does.
+export PIP_CONSTRAINT       := $(strip $(PIP_CONSTRAINT) constraints.txt)
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+
+# What a new installation depends on. It is editable: a change of a Python file needs none.
+BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shell find nanogpt/kernels -type f)
+
+# Commands that the tests call and the Debian packages they come from.
+SERVICES := curl:curl
+
+.DELETE_ON_ERROR:
+.PHONY: help install serve test check format docs bench bench-cpu test-lowest services wheel clean
+
+help: ## List the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+
+install: $(VENV)/.installed ## Create .venv and install the package, and PyTorch where the compiled CPU runner is missing
+
+serve: install ## Serve on http://localhost:5000 (MODEL_CHECKPOINT, HOST and PORT are honoured)
+	@exec $(BIN)/python -m web.serve
+
+test: $(VENV)/.installed-dev services ## Run every test (PYTEST_ARGS="-k tokenizer" for some)
+	@exec $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev ## Lint, formatting, types, and documentation in step with the code
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python tools/docs.py --check
+
+format: $(VENV)/.installed-dev ## Format the code and mend what ruff can mend
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+docs: $(VENV)/.installed-dev ## Write docs/settings.md and docs/cli.md anew from the code
+	$(BIN)/python tools/docs.py
+
+bench: bench-cpu ## Run the benchmarks (benchmarks/ tells what they measure)
+
+bench-cpu: $(VENV)/.installed-dev ## Run the benchmarks of the CPU runner
+	$(BIN)/python -m benchmarks.cpu
+
+test-lowest: $(VENV)/.installed-dev ## Run the unit tests with the oldest versions that pyproject.toml admits
+	$(BIN)/python tools/test_lowest.py $(PYTEST_ARGS)
+
+services: ## Install the system packages that the tests use (root on Debian or Ubuntu; says so otherwise)
+	@tools/services.sh $(SERVICES)
+
+wheel: $(VENV)/.installed-dev ## Build the wheel and the source distribution into dist/
+	$(BIN)/python -m build --outdir dist .
+
+clean: ## Remove what was built; .venv stays
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find nanogpt web tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@tools/create_venv.sh $(PYTHON) $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created $(BUILD_INPUTS)
+	@echo "Installing nano-gpt-api into $(VENV); the first time takes a minute or two."
+	@$(PIP) -e . || { echo "make: pip could not install the package; its message is above. Indexes and proxies are pip's own settings (PIP_INDEX_URL, PIP_CERT, …)." >&2; exit 1; }
+	@if $(BIN)/python -c 'import nanogpt.runner.native' 2>/dev/null; then \
+	    echo "Runner: the compiled one for this CPU; PyTorch is not needed."; \
+	elif $(BIN)/python -c 'import torch' 2>/dev/null; then \
+	    echo "Runner: PyTorch, which is installed (the compiled runner is not in this build)."; \
+	else \
+	    echo "Runner: PyTorch, which is installed now (the compiled runner is not in this build)."; \
+	    $(PIP) torch; \
+	fi
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing what the tests and checks need."
+	@$(BIN)/python tools/requirements.py dev | $(PIP) -r /dev/stdin
+	@touch $@
