@@ -1,4 +1,4 @@
-"""How a sequence is sampled. Shared by the Python API, the HTTP schemas, the wire and the samplers."""
+"""How a sequence is sampled, and what is told of it. Shared by the Python API, HTTP schemas, the wire and samplers."""
 
 from __future__ import annotations
 
@@ -81,3 +81,15 @@ class SamplingParams:
     @classmethod
     def from_wire(cls, values: Mapping[str, Any]) -> SamplingParams:
         return cls(**values)
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities under the model's own distribution (before temperature and penalties).
+
+    ``rank`` is 1 for the most probable token. ``top`` lists as many (id, logprob) as were asked for, best first.
+    """
+
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nanogpt.runner.base import TokenLogprobs
-from nanogpt.sampling_params import SamplingParams
+from nanogpt.sampling_params import SamplingParams, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 EngineState = Literal["loading", "ready", "draining", "unhealthy"]

@@ -6,8 +6,8 @@ a slot holds; the runner computes. All arrays are NumPy and C-contiguous, and ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from nanogpt.model.config import GPTConfig
 from nanogpt.sampling_params import SamplingParams
+from nanogpt.sampling_params import TokenLogprobs as TokenLogprobs
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -36,6 +37,15 @@ class SamplingState:
 
 
 @dataclass(slots=True)
+class PromptLogprobs:
+    """``following[i]`` is the prompt's token after the chunk's token i: its log probability is wanted, with ``num_top``
+    alternatives. One shorter than the chunk where the chunk ends the prompt."""
+
+    following: Int32
+    num_top: int
+
+
+@dataclass(slots=True)
 class Batch:
     """One step. B sequences, N tokens in all, laid end to end in ``token_ids``.
 
@@ -44,7 +54,7 @@ class Batch:
     tokens to compute after this step (a chunk of a long prompt); otherwise a token is sampled from the logits of
     its last token. ``num_drafts[b]`` of its last tokens are guesses (speculation): the runner samples at the
     position of each and keeps what it drew for as long as the guesses agree with it.
-    ``prompt_logprobs[b]`` asks for the log probabilities of the chunk's own tokens (echo).
+    ``prompt_logprobs`` asks for the log probabilities of a prompt's own tokens (echo), for some of the sequences.
     """
 
     slots: Int32
@@ -53,29 +63,19 @@ class Batch:
     token_ids: Int32
     sampling: Sequence[SamplingState | None]
     num_drafts: Int32 | None = None
-    prompt_logprobs: Sequence[int | None] | None = None
-
-
-@dataclass(slots=True)
-class TokenLogprobs:
-    """Natural-log probabilities under the model's own distribution (before temperature and penalties)."""
-
-    logprob: float
-    rank: int
-    top: list[tuple[int, float]]
+    prompt_logprobs: Mapping[int, PromptLogprobs] | None = None
 
 
 @dataclass(slots=True)
 class StepOutput:
     """``token_ids[b]`` lists what sequence b sampled: empty, one token, or several when guesses were right.
 
-    ``logprobs[b]`` runs alongside where they were asked for. ``prompt_logprobs[b][i]`` belongs to the token
-    that *follows* the chunk's token i (the last one is None when the following token is not in the chunk).
+    ``logprobs[b]`` runs alongside where they were asked for; ``prompt_logprobs[b]`` runs alongside ``following``.
     """
 
     token_ids: list[list[int]]
-    logprobs: dict[int, list[TokenLogprobs]]
-    prompt_logprobs: dict[int, Float32]
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
 
 
 class Runner(Protocol):
