@@ -11,13 +11,13 @@ export PIP_CONSTRAINT       := $(strip $(PIP_CONSTRAINT) constraints.txt)
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
 # What a new installation depends on. It is editable: a change of a Python file needs none.
-BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shell find nanogpt/kernels -type f)
+BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shell find nanogpt -path '*/kernels/*' -type f)
 
 # Commands that the tests call and the Debian packages they come from.
 SERVICES := curl:curl
 
 .DELETE_ON_ERROR:
-.PHONY: help install serve test check format docs bench bench-cpu test-lowest services wheel clean
+.PHONY: help install serve test check format docs bench bench-cpu test-lowest constraints services wheel clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -50,6 +50,12 @@ bench-cpu: $(VENV)/.installed-dev ## Run the benchmarks of the CPU runner
 
 test-lowest: $(VENV)/.installed-dev ## Run the unit tests with the oldest versions that pyproject.toml admits
 	$(BIN)/python tools/test_lowest.py $(PYTEST_ARGS)
+
+constraints: ## Write constraints.txt anew with the newest versions that pip finds (PyTorch stays)
+	rm -rf build/constraints && $(PYTHON) -m venv build/constraints
+	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT build/constraints/bin/python -m pip -q install '.[dev]' $(shell grep ^torch== constraints.txt) \
+	    cmake ninja nanobind scikit-build-core
+	build/constraints/bin/python tools/constraints.py > constraints.txt.new && mv constraints.txt.new constraints.txt
 
 services: ## Install the system packages that the tests use (root on Debian or Ubuntu; says so otherwise)
 	@tools/services.sh $(SERVICES)
