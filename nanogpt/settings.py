@@ -200,7 +200,7 @@ class Settings:
         for name, text in environ.items():
             if name in by_env:
                 f = by_env[name]
-                if text != "" or f.type == "str":
+                if text:  # compose files and units pass `PORT=` for what nobody filled in
                     values[f.name] = _convert(text, hints[f.name], name)
                     _check(f.name, values[f.name], f.metadata, name)
             elif name.startswith(PREFIX) and name not in _NOT_SETTINGS:
