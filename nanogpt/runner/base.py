@@ -27,7 +27,9 @@ class SamplingState:
 
     ``seed`` is the request's own or a fresh one. ``output_token_ids`` is the sequence's live list, appended to
     by the scheduler. The random number for an output token depends on ``seed`` and on its index in the output
-    alone (a counter-based generator), so that a sequence gives the same text in any company.
+    alone (a counter-based generator), so that a sequence gives the same text in any company: Philox4x32-10 with
+    key (low, high half of ``seed`` mod 2**64) and counter (index, 0, 0, 0) gives the words r0 .. r3, and
+    ``(r0 + 2**32 * r1 >> 11) / 2**53`` is the uniform number.
     """
 
     params: SamplingParams
