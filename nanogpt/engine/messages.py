@@ -8,6 +8,9 @@ from typing import Literal
 
 from nanogpt.sampling_params import SamplingParams, TokenLogprobs
 
+TIMEOUT = "timeout"
+"""``Finished.error`` of a request that its own deadline ended (reason ``abort``): it ends with what it has."""
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 EngineState = Literal["loading", "ready", "draining", "unhealthy"]
 

@@ -1,4 +1,4 @@
-"""One sequence in the engine: what was asked, what it has so far, and where its K and V stand. Only the loop touches it."""
+"""One sequence in the engine: what was asked, what it has so far, where its K and V stand. Only the loop touches it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,267 @@
+"""Which sequence computes how many tokens in the next step. Owned by the engine's loop; knows no model and no socket.
+
+The algorithm, in words:
+
+There are no phases. A running sequence has ``num_left`` tokens of its context still to be computed: one while it
+decodes, more while its prompt (or its moved window) is being computed. A step's budget is ``max_batch_tokens`` tokens:
+
+1. Every sequence with one token left gets it.
+2. What is left of the budget goes to the sequences with more to compute, first come first served, in chunks.
+3. What is still left admits waiting requests, first come first served, while there is a place among
+   ``max_batch_size`` running ones; each starts with the longest prefix that any slot holds.
+
+A sequence whose context is complete after the step samples a token. No more than ``max_batch_tokens`` sequences run, so
+step 1 always fits, and step 2 always has a token when somebody needs one: a long prompt never stalls those who decode,
+and those who decode never stall a prompt. A request is admitted only when there are tokens for it, not before: the
+later it looks for a prefix, the more there is to find.
+
+At the end of the context (``block_size``) a sequence finishes with ``length``, or, with ``crop``, its window moves on
+by one token each step and is computed again from position 0, as nanoGPT does; it then queues at the end of step 2's
+line.
+
+A stop token (the tokenizer's end of text unless ``ignore_eos``, and ``stop_token_ids``) ends the output and is not part
+of it: it is neither reported nor counted.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
+
+from nanogpt.engine.messages import Finished, FinishReason, Timings, Tokens
+from nanogpt.engine.sequence import Event, Sequence, Sink
+from nanogpt.engine.slots import Slots
+from nanogpt.runner.base import Batch, Int32, PromptLogprobs, StepOutput
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step: first the copies in order (source, target, num_tokens), then the batch.
+
+    ``sequences`` runs alongside the batch: first ``num_decoding`` with one token each, then those with chunks.
+    """
+
+    batch: Batch
+    sequences: list[Sequence]
+    num_decoding: int
+    copies: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+class Scheduler:
+    """Waiting and running sequences of one engine. Events are collected in ``events`` for the engine to deliver."""
+
+    def __init__(self, slots: Slots, *, max_batch_size: int, max_batch_tokens: int, block_size: int) -> None:
+        self.slots = slots
+        self.max_running = min(max_batch_size, max_batch_tokens, slots.num_slots)
+        self._budget = max_batch_tokens
+        self._block_size = block_size
+        # First come first served. Fairness between clients would choose here (``Sequence.request.client``).
+        self._waiting: OrderedDict[int, Sequence] = OrderedDict()
+        self._decoding: list[Sequence] = []
+        self._filling: deque[Sequence] = deque()
+        self._running: dict[int, Sequence] = {}
+        self.num_output_tokens = 0
+        self.num_cached_tokens = 0
+        self.events: deque[tuple[Sink, Event]] = deque()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def sequences(self) -> Iterable[Sequence]:
+        return chain(self._running.values(), self._waiting.values())
+
+    def add(self, sequence: Sequence) -> None:
+        self._waiting[sequence.handle] = sequence
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> Plan | None:
+        """The next step, or None when nobody has anything to compute."""
+        sequences = self._decoding.copy()
+        num_decoding = len(sequences)
+        left = self._budget - num_decoding
+        chunks: list[int] = []
+        copies: list[tuple[int, int, int]] = []
+        for sequence in self._filling:
+            if not left:
+                break
+            sequences.append(sequence)
+            chunks.append(min(sequence.num_left, left))
+            left -= chunks[-1]
+        while left and self._waiting and len(self._running) < self.max_running:
+            sequence = self._admit(now, copies)
+            sequences.append(sequence)
+            chunks.append(min(sequence.num_left, left))
+            left -= chunks[-1]
+        if not sequences:
+            return None
+        return Plan(self._batch(sequences, num_decoding, chunks), sequences, num_decoding, copies)
+
+    def update(self, plan: Plan, output: StepOutput, now: float) -> None:
+        """Take in what the runner computed and sampled.
+
+        Raises: RuntimeError when the runner broke its contract; ``fail`` then ends the plan's sequences.
+        """
+        self._record(plan)
+        for b, (sequence, new) in enumerate(zip(plan.sequences, output.token_ids, strict=True)):
+            if b < plan.num_decoding:
+                sequence.num_computed += 1
+            else:
+                sequence.num_computed += int(plan.batch.num_tokens[b])
+                if sequence.prompt_logprobs is not None and b in output.prompt_logprobs:
+                    sequence.prompt_logprobs += output.prompt_logprobs[b]
+                if sequence.num_left:
+                    continue
+                self._filling.remove(sequence)
+                self._decoding.append(sequence)
+            if not sequence.first_token_at:
+                sequence.first_token_at = now
+            reason: FinishReason | None = None
+            if len(new) == 1 and new[0] not in sequence.stop_ids:
+                sequence.output.append(new[0])
+                if len(sequence.output) >= sequence.max_output_tokens:
+                    reason = "length"
+            else:
+                new, reason = self._accept(sequence, new)
+            if new:
+                self.num_output_tokens += len(new)
+                logprobs = output.logprobs[b][: len(new)] if b in output.logprobs else None
+                self.events.append((sequence.sink, Tokens(new, logprobs)))
+            if reason is not None:
+                self._finish(sequence, reason, now)
+            elif sequence.num_computed >= self._block_size:
+                self._move_window(sequence)
+
+    # -- endings -----------------------------------------------------------------------------------------------
+
+    def end(self, handle: int, reason: FinishReason, now: float, *, error: str | None = None) -> None:
+        """End a sequence between steps, with what it has. A handle that has already ended is no news."""
+        sequence = self._waiting.get(handle) or self._running.get(handle)
+        if sequence is not None:
+            self._finish(sequence, reason, now, error=error)
+
+    def fail(self, sequences: Iterable[Sequence], error: str, now: float) -> None:
+        """End the sequences of a step that the runner could not compute; what their slots hold is not trusted."""
+        for sequence in sequences:
+            if sequence.handle in self._running:
+                self.slots.clear(sequence.slot)
+                self._finish(sequence, "error", now, error=error)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, now: float, *, error: str | None = None) -> None:
+        if self._waiting.pop(sequence.handle, None) is None:
+            del self._running[sequence.handle]
+            try:
+                self._decoding.remove(sequence)
+            except ValueError:
+                self._filling.remove(sequence)
+            self.slots.release(sequence.slot, keep=True)
+        started = sequence.admitted_at or now
+        timings = Timings(
+            queue_s=started - sequence.submitted_at,
+            ttft_s=(sequence.first_token_at or now) - sequence.submitted_at,
+            total_s=now - sequence.submitted_at,
+        )
+        finished = Finished(
+            reason=reason,
+            num_prompt_tokens=len(sequence.prompt),
+            num_output_tokens=len(sequence.output),
+            num_cached_tokens=sequence.num_cached,
+            timings=timings,
+            error=error,
+            prompt_logprobs=sequence.prompt_logprobs,
+        )
+        self.events.append((sequence.sink, finished))
+
+    # -- parts -------------------------------------------------------------------------------------------------
+
+    def _admit(self, now: float, copies: list[tuple[int, int, int]]) -> Sequence:
+        """The next waiting sequence, with a slot. The last token is always computed: its logits are wanted."""
+        _, sequence = self._waiting.popitem(last=False)
+        num_context = len(sequence.prompt) - sequence.window_start
+        reuse = 0 if sequence.prompt_logprobs is not None else num_context - 1
+        grant = self.slots.acquire(sequence.context(0, num_context), reuse)
+        if grant.copy_from is not None:
+            copies.append((grant.copy_from, grant.slot, grant.num_cached))
+        sequence.slot = grant.slot
+        sequence.num_computed = sequence.num_cached = grant.num_cached
+        self.num_cached_tokens += grant.num_cached
+        sequence.admitted_at = now
+        self._running[sequence.handle] = sequence
+        self._filling.append(sequence)
+        return sequence
+
+    def _batch(self, sequences: list[Sequence], num_decoding: int, chunks: list[int]) -> Batch:
+        starts = np.array([s.num_computed for s in sequences], np.int32)
+        num_tokens = np.ones(len(sequences), np.int32)
+        token_ids = np.array([s.output[-1] for s in sequences[:num_decoding]], np.int32)
+        prompt_logprobs: dict[int, PromptLogprobs] | None = None
+        if chunks:
+            num_tokens[num_decoding:] = chunks
+            pieces: list[Int32] = [token_ids]
+            for b, (sequence, n) in enumerate(zip(sequences[num_decoding:], chunks, strict=True), num_decoding):
+                start = sequence.num_computed
+                pieces.append(sequence.context(start, start + n))
+                if sequence.prompt_logprobs is not None and not sequence.output:
+                    following = sequence.prompt[sequence.window_start + start + 1 :][:n]
+                    prompt_logprobs = prompt_logprobs or {}
+                    prompt_logprobs[b] = PromptLogprobs(following, sequence.request.params.prompt_logprobs or 0)
+            token_ids = np.concatenate(pieces)
+        return Batch(
+            slots=np.array([s.slot for s in sequences], np.int32),
+            starts=starts,
+            num_tokens=num_tokens,
+            token_ids=token_ids,
+            sampling=[s.state for s in sequences[:num_decoding]]
+            + [s.state if s.num_left == n else None for s, n in zip(sequences[num_decoding:], chunks, strict=True)],
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _record(self, plan: Plan) -> None:
+        batch, n = plan.batch, plan.num_decoding
+        if n:
+            self.slots.record_one_each(batch.slots[:n], batch.starts[:n], batch.token_ids[:n])
+        for b in range(n, len(plan.sequences)):
+            stop = n + int(batch.num_tokens[b])
+            self.slots.record(int(batch.slots[b]), int(batch.starts[b]), batch.token_ids[n:stop])
+            n = stop
+
+    def _accept(self, sequence: Sequence, new: list[int]) -> tuple[list[int], FinishReason | None]:
+        """Take sampled tokens one by one up to the one that ends the output. Returns those that count, and the end.
+
+        The runner has computed all of ``new`` but its last token.
+        """
+        if not new:
+            raise RuntimeError("the runner sampled nothing for a sequence whose context was complete")
+        reason: FinishReason | None = None
+        kept: list[int] = []
+        for token_id in new:
+            if token_id in sequence.stop_ids:
+                reason = "stop"
+                break
+            kept.append(token_id)
+            if len(sequence.output) + len(kept) >= sequence.max_output_tokens:
+                reason = "length"
+                break
+        computed = new[:-1][: len(kept)]
+        self.slots.record(sequence.slot, sequence.num_computed, computed)
+        sequence.num_computed += len(computed)
+        sequence.output += kept
+        return kept, reason
+
+    def _move_window(self, sequence: Sequence) -> None:
+        """The context is one token too long: drop it on the left. All positions change, so nothing computed holds."""
+        sequence.window_start = len(sequence.prompt) + len(sequence.output) - self._block_size
+        sequence.num_computed = 0
+        self.slots.clear(sequence.slot)
+        self._decoding.remove(sequence)
+        self._filling.append(sequence)

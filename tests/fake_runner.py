@@ -1,0 +1,153 @@
+"""A runner without a model that shows every mistake of the engine.
+
+What it keeps for a position stands for K and V: it depends on the token, the position, and everything below it at the
+moment it was computed. The next token depends on all of it, on the seed and on the output's index. So a slot mixed up,
+a position computed twice or left out, or a wrong prefix gives other tokens than ``expected``, which has no slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from nanogpt.model.config import GPTConfig
+from nanogpt.runner.base import Batch, Float32, Int32, StepOutput
+from nanogpt.sampling_params import TokenLogprobs
+
+_MASK = (1 << 64) - 1
+_EMPTY = 0x9E3779B97F4A7C15
+
+
+def config(block_size: int = 16, num_tokens: int = 50) -> GPTConfig:
+    return GPTConfig(
+        n_layer=1, n_head=1, n_embd=4, block_size=block_size, vocab_size=num_tokens + 3, num_tokens=num_tokens
+    )
+
+
+def _mix(*values: int) -> int:
+    x = _EMPTY
+    for value in values:
+        x = ((x ^ (value & _MASK)) * 0xBF58476D1CE4E5B9) & _MASK
+        x ^= x >> 29
+    return x
+
+
+def _layers(context: Sequence[int], below: list[int], start: int) -> None:
+    """Append what is kept for ``context`` at ``start``, given what is kept below."""
+    for position, token_id in enumerate(context, start):
+        below.append(_mix(below[-1] if below else 0, token_id, position))
+
+
+def _sample(kept: list[int], seed: int, index: int, num_tokens: int) -> int:
+    return _mix(kept[-1], sum(kept), seed, index) % num_tokens
+
+
+def expected(
+    prompt: Sequence[int],
+    *,
+    seed: int,
+    max_tokens: int,
+    config: GPTConfig,
+    crop: bool = False,
+    stop_ids: Sequence[int] = (),
+) -> tuple[list[int], str]:
+    """What the fake model says to this prompt when it is alone: the output, and why it ended."""
+    output: list[int] = []
+    while True:
+        context = [*prompt, *output]
+        if len(context) > config.block_size and not crop:
+            return output, "length"
+        kept: list[int] = []
+        _layers(context[-config.block_size :], kept, 0)
+        token_id = _sample(kept, seed, len(output), config.num_tokens)
+        if token_id in stop_ids:
+            return output, "stop"
+        output.append(token_id)
+        if len(output) == max_tokens:
+            return output, "length"
+
+
+class FakeRunner:
+    """Keeps the protocol of ``nanogpt.runner.base.Runner``, and checks that the engine keeps its side."""
+
+    device = "cpu"
+    precision = "fp32"
+    name = "fake"
+
+    def __init__(self, config: GPTConfig, num_slots: int, *, max_batch_tokens: int | None = None) -> None:
+        self.config = config
+        self.num_slots = num_slots
+        self.max_batch_tokens = max_batch_tokens
+        self.kept: list[list[int]] = [[] for _ in range(num_slots)]
+        self.num_computed_tokens = 0
+        self.fail_next: Exception | None = None
+        self.lost = False
+        self.closed = False
+        self.num_guesses = 0
+        """How many further tokens each sequence gets in a step, as if a runner had guessed them rightly."""
+
+    def step(self, batch: Batch) -> StepOutput:
+        if self.lost:
+            raise RuntimeError("the device is lost")
+        n = len(batch.slots)
+        assert n == len(batch.starts) == len(batch.num_tokens) == len(batch.sampling)
+        assert batch.num_tokens.min() >= 1
+        assert batch.num_tokens.sum() == len(batch.token_ids)
+        assert len(set(batch.slots.tolist())) == n, "one slot twice in a batch"
+        assert self.max_batch_tokens is None or len(batch.token_ids) <= self.max_batch_tokens, "over the budget"
+        for array in (batch.slots, batch.starts, batch.num_tokens, batch.token_ids):
+            assert array.dtype == np.int32
+            assert array.flags.c_contiguous
+        output = StepOutput(token_ids=[])
+        at = 0
+        for b in range(n):
+            slot, start, count = int(batch.slots[b]), int(batch.starts[b]), int(batch.num_tokens[b])
+            assert start + count <= self.config.block_size, "past the context"
+            kept = self.kept[slot]
+            assert start <= len(kept), "positions left out"
+            del kept[start:]
+            chunk = batch.token_ids[at : at + count].tolist()
+            at += count
+            _layers(chunk, kept, start)
+            if batch.prompt_logprobs and b in batch.prompt_logprobs:
+                wanted = batch.prompt_logprobs[b]
+                output.prompt_logprobs[b] = [
+                    TokenLogprobs(-float(token_id), 1, [(int(token_id), 0.0)] * wanted.num_top)
+                    for token_id in wanted.following
+                ]
+            output.token_ids.append(self._draw(batch, b, kept, output))
+        self.num_computed_tokens += len(batch.token_ids)
+        if self.fail_next is not None:
+            error, self.fail_next = self.fail_next, None
+            raise error
+        return output
+
+    def _draw(self, batch: Batch, b: int, kept: list[int], output: StepOutput) -> list[int]:
+        state = batch.sampling[b]
+        if state is None:
+            return []
+        new: list[int] = []
+        for i in range(1 + self.num_guesses):
+            if i:
+                if len(kept) == self.config.block_size:
+                    break
+                _layers(new[-1:], kept, len(kept))
+            index = len(state.output_token_ids) + i
+            new.append(_sample(kept, state.seed, index, self.config.num_tokens))
+        if state.params.logprobs is not None:
+            output.logprobs[b] = [TokenLogprobs(-float(t), 1, [(t, -float(t))] * state.params.logprobs) for t in new]
+        return new
+
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        assert source != target
+        assert num_tokens <= len(self.kept[source])
+        self.kept[target] = self.kept[source][:num_tokens]
+
+    def logits(self, token_ids: Int32) -> Float32:
+        if self.lost:
+            raise RuntimeError("the device is lost")
+        return np.zeros((len(token_ids), self.config.vocab_size), np.float32)
+
+    def close(self) -> None:
+        self.closed = True
