@@ -55,11 +55,10 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, leave_out: tuple[
                 flag, action="append", type=str if texts else int, metavar="TEXT" if texts else "ID", help=help
             )
         else:
+            integer = field.name in _INTEGERS
             if field.default is not None:
                 help += f" (default {field.default:g})"
-            group.add_argument(
-                flag, type=int if field.name in _INTEGERS else float, metavar=field.name.upper(), help=help
-            )
+            group.add_argument(flag, type=int if integer else float, metavar="N" if integer else "X", help=help)
 
 
 def sampling_params(args: argparse.Namespace, **defaults: Any) -> SamplingParams:
