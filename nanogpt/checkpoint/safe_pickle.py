@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -81,7 +81,34 @@ def loads(
     """The value that the pickle describes. ``find_global`` may admit more than ``plain_global`` does."""
     if len(data) > MAX_BYTES:
         raise CorruptCheckpoint(f"{source} holds a pickle of more than {MAX_BYTES >> 20} MiB; none is that large.")
-    return _Machine(data, source, find_global or plain_global, load_persistent).run()
+    value = _Machine(data, source, find_global or plain_global, load_persistent).run()
+    _check_is_tree(value, source)
+    return value
+
+
+def _check_is_tree(value: Any, source: str) -> None:
+    """Refuses a value that is endless, or that is small only because its parts are shared.
+
+    Ten tuples that each hold the one before twice are a thousand; sixty of them never end when somebody prints,
+    compares or hashes the value. After this every walk over it is short.
+    """
+    left = MAX_OPCODES
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            parts: Iterable[Any] = item.values()
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            parts = item
+        elif isinstance(item, Inert):
+            parts = (item.args, item.state)
+        else:
+            continue
+        before = len(waiting)
+        waiting.extend(parts)
+        left -= len(waiting) - before
+        if left < 0:
+            raise CorruptCheckpoint(f"{source} is damaged: the value in its pickle is endless.")
 
 
 # -- the globals of plain pickles -----------------------------------------------------------------------------
