@@ -1,0 +1,129 @@
+"""Protects readers: every setting, command and error is explained, links lead somewhere, both languages keep pace."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+from nanogpt import errors
+from nanogpt.settings import Settings
+
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")])
+PAIRS = [
+    (ROOT / "README.md", ROOT / "README.zh-CN.md"),
+    *((DOCS / page.name, page) for page in sorted((DOCS / "zh").glob("*.md"))),
+]
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+
+
+def headings(page: Path) -> list[tuple[int, str]]:
+    return [
+        (len(match[1]), match[2])
+        for match in re.finditer(r"^(#+) (.+)$", without_code(page.read_text(encoding="utf-8")), re.M)
+    ]
+
+
+def anchor(heading: str) -> str:
+    """GitHub's anchor of a heading."""
+    text = re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower())
+    return text.strip().replace(" ", "-")
+
+
+def links(page: Path) -> Iterator[str]:
+    for match in re.finditer(r"\]\(([^)\s]+)\)", without_code(page.read_text(encoding="utf-8"))):
+        if not match[1].startswith(("http://", "https://", "mailto:")):
+            yield match[1]
+
+
+def our_errors() -> list[type[errors.NanoGPTError]]:
+    found, left = [], [errors.NanoGPTError]
+    while left:
+        found.append(left.pop())
+        left += found[-1].__subclasses__()
+    return [error for error in found if error.__module__ == "nanogpt.errors"]
+
+
+def test_generated_pages_are_in_step_with_the_code() -> None:
+    result = subprocess.run(
+        [sys.executable, "tools/docs.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Settings), ids=lambda field: field.name)
+def test_every_setting_is_documented(field: dataclasses.Field[object]) -> None:
+    page = (DOCS / "settings.md").read_text(encoding="utf-8")
+    assert f"`{field.name}`" in page
+    assert f"`{field.metadata['env']}`" in page
+    assert field.metadata["help"].replace("|", "\\|") in page
+
+
+@pytest.mark.parametrize("page", ["troubleshooting.md", "zh/troubleshooting.md"])
+@pytest.mark.parametrize("error", our_errors(), ids=lambda error: error.__name__)
+def test_every_error_has_its_remedy_documented(error: type[errors.NanoGPTError], page: str) -> None:
+    row = re.search(rf"^\| `{error.code}` \|.*$", (DOCS / page).read_text(encoding="utf-8"), re.M)
+    assert row, f"docs/{page} has no row for the code {error.code}"
+    assert f"| {error.status} |" in row[0] or error.exit_code == 2, f"{error.code} has the status {error.status}"
+    assert all(cell.strip() for cell in row[0].strip("|").split("|")), "a cell is empty"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    wrong = []
+    for link in links(page):
+        path, _, fragment = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        known = [anchor(text) for _, text in headings(target)] if target.suffix == ".md" and target.exists() else []
+        if not target.exists() or (fragment and fragment not in known):
+            wrong.append(link)
+    assert not wrong
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
+def test_every_page_is_found_from_the_index(page: Path) -> None:
+    index = DOCS / "index.md"
+    reachable = {(DOCS / link.partition("#")[0]).resolve() for link in links(index)} | {index}
+    assert page.resolve() in reachable
+
+
+@pytest.mark.parametrize(("english", "chinese"), PAIRS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_both_languages_have_the_same_chapters(english: Path, chinese: Path) -> None:
+    assert [level for level, _ in headings(english)] == [level for level, _ in headings(chinese)]
+    assert re.search("[一-鿿]", chinese.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(("english", "chinese"), PAIRS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_both_languages_show_the_same_commands(english: Path, chinese: Path) -> None:
+    def commands(page: Path) -> list[str]:
+        blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+        # Comments and prompts are in the reader's language.
+        lines = [line.partition(" #")[0].strip() for block in blocks for line in block.splitlines()]
+        return [re.sub(r"[^\x00-\x7f]+", "", line) for line in lines if line and not line.startswith("#")]
+
+    assert commands(english) == commands(chinese)
+
+
+def test_the_readme_names_both_commands() -> None:
+    for readme in ("README.md", "README.zh-CN.md"):
+        text = (ROOT / readme).read_text(encoding="utf-8")
+        assert "make serve" in text
+        assert "make test" in text
+
+
+def test_the_changelog_knows_the_version() -> None:
+    from nanogpt._version import __version__
+
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## \[([^\]]+)\]", text, re.M)
+    assert versions[0] in ("Unreleased", __version__)
