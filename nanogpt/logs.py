@@ -65,4 +65,3 @@ def configure(log_format: str = "text", log_level: str = "info") -> None:
     handler.setFormatter(make_formatter(log_format))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("nanogpt").setLevel(log_level.upper())
-    logging.captureWarnings(True)

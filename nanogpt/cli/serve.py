@@ -1,0 +1,70 @@
+"""``nanogpt serve``: the HTTP API on a checkpoint, until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import get_type_hints
+
+from nanogpt.errors import SettingsError
+from nanogpt.settings import Settings
+
+HELP = "serve a checkpoint over HTTP"
+
+_GROUPS = {
+    "model_checkpoint": "model",
+    "host": "HTTP",
+    "max_prompt_chars": "requests",
+    "max_batch_size": "engine",
+    "log_format": "logs",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag for every setting, but for secrets: a command line is seen by everybody on the machine."""
+    parser.epilog = (
+        "Each setting is also an environment variable and a key of the settings file (docs/settings.md); the API key\n"
+        "is API_KEY only.\n\n"
+        "examples:\n  nanogpt serve\n  nanogpt serve log/model_40000.pt --port 8080\n"
+        "  API_KEY=secret nanogpt serve log/ --host 0.0.0.0"
+    )
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        metavar="CHECKPOINT",
+        help="a file, or a folder such as log/ (default: the embedded model)",
+    )
+    parser.add_argument("--config", metavar="FILE", help="settings file (TOML)")
+    hints = get_type_hints(Settings)
+    group: argparse._ArgumentGroup | None = None
+    for field in dataclasses.fields(Settings):
+        if field.name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[field.name])
+        if field.metadata["secret"]:
+            continue
+        assert group is not None
+        default = field.default if field.default != "" else "empty"
+        if hints[field.name] is bool:
+            default = str(field.default).lower()
+        choices = field.metadata["choices"] or (("true", "false") if hints[field.name] is bool else None)
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            choices=choices,
+            metavar=None if choices else field.name.rsplit("_", 1)[-1].upper(),
+            help=f"{field.metadata['help']} (default {default})".replace("%", "%%"),
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if not f.metadata["secret"]}
+    if args.checkpoint is not None:
+        if args.model_checkpoint is not None:
+            raise SettingsError(
+                "The checkpoint is given twice.", remedy="Leave --model-checkpoint away.", field="model_checkpoint"
+            )
+        flags["model_checkpoint"] = args.checkpoint
+    settings = Settings.load(flags, config=args.config)
+    from nanogpt.web.server import serve
+
+    serve(settings)
+    return 0

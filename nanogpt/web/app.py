@@ -1,0 +1,64 @@
+"""The Flask app: what surrounds every route, in the order in which a request meets it.
+
+route → request id → auth → (here a request is counted against its limit, once there are limits) → the route's own
+line in ``routes``. Making the app starts nothing: the engine is asked for when the first request needs it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flask import Flask, Response, g, request
+
+from nanogpt.errors import SettingsError
+from nanogpt.settings import Settings
+from nanogpt.web import process
+from nanogpt.web.auth import make_check
+from nanogpt.web.engine import EngineHandle
+from nanogpt.web.errors import register_error_handlers
+from nanogpt.web.request_log import RequestLog, request_id
+from nanogpt.web.routes import make_routes
+
+if TYPE_CHECKING:
+    from nanogpt.engine.client import EngineClient
+
+
+def create_app(settings: Settings | None = None, *, client: EngineClient | None = None) -> Flask:
+    """The WSGI app. Without settings: those that gunicorn's arbiter checked, else this process's own.
+
+    Raises: SettingsError.
+    """
+    settings = settings or process.settings or Settings.load()
+    check_settings(settings)
+    app = Flask("nanogpt.web", static_folder=None)
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
+    app.url_map.merge_slashes = False
+    check_key = make_check(settings.api_key)
+
+    @app.before_request
+    def enter() -> None:
+        g.request_id = request_id(request)
+        g.record = RequestLog.start(request, g.request_id)
+        check_key(request)
+
+    @app.after_request
+    def leave(response: Response) -> Response:
+        record: RequestLog | None = g.get("record")
+        if record is not None:
+            response.headers["X-Request-Id"] = record.request_id
+            response.call_on_close(lambda: record.finish(response.status_code))
+        return response
+
+    register_error_handlers(app)
+    app.register_blueprint(make_routes(settings, EngineHandle(settings, client)))
+    return app
+
+
+def check_settings(settings: Settings) -> None:
+    """What the web part cannot do as asked. Raises: SettingsError."""
+    if settings.rate_limit != "off":
+        raise SettingsError(
+            f"RATE_LIMIT is {settings.rate_limit!r}; this version cannot limit requests and admits only off.",
+            field="rate_limit",
+            remedy="Set RATE_LIMIT=off and limit in the proxy.",
+        )

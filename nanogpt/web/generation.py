@@ -1,0 +1,178 @@
+"""One generation as the HTTP worker sees it: the engine's tokens become text, and whoever no longer wants them says so.
+
+Owned by the thread that holds the request. Every way out ends the sequence in the engine: the end of the text, a stop
+string, a client that left, a deadline, a worker that quits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nanogpt.engine.messages import TIMEOUT, Finished, Tokens
+from nanogpt.errors import EngineDied, EngineDraining, NanoGPTError, RequestTimeout
+from nanogpt.tokenizer.base import Tokenizer
+from nanogpt.tokenizer.text import TextStream
+from nanogpt.web import process
+
+if TYPE_CHECKING:
+    from nanogpt.engine.client import Generation
+
+# How long a wait for the engine may keep a thread from noticing that the client left or that the worker quits.
+_LOOK_UP_S = 0.25
+# The engine ends a request at its deadline; past this much more, nobody is there who would.
+_DEADLINE_GRACE_S = 5.0
+
+
+class ClientGone(NanoGPTError):
+    """The client closed the connection. Nobody reads this; the status is nginx's for the log."""
+
+    status = 499
+    code = "client_closed_request"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A generation at its end. Units: seconds, from the arrival of the request (queue_s: in the engine)."""
+
+    text: str
+    finish_reason: str
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int
+    queue_s: float
+    ttft_s: float
+    total_s: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the decoding alone: the tokens after the first, over the time after the first."""
+        decoding_s = self.total_s - self.ttft_s
+        return (self.num_output_tokens - 1) / decoding_s if self.num_output_tokens > 1 and decoding_s > 0 else 0.0
+
+
+class TextGeneration:
+    """Iterate for the pieces of text as they come; then ``outcome`` is there. None: still nothing, after a while.
+
+    Raises (from iteration): ClientGone, EngineDied, EngineDraining, RequestTimeout.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        *,
+        num_prompt_tokens: int,
+        started: float,
+        timeout_s: float,
+        client_gone: Callable[[], bool],
+        silence_s: float,
+        on_close: Callable[[], None],
+    ) -> None:
+        self._generation = generation
+        self._text = TextStream(tokenizer, stop)
+        self._num_prompt_tokens = num_prompt_tokens
+        self._started = started
+        self._deadline = time.monotonic() + timeout_s + _DEADLINE_GRACE_S
+        self._client_gone = client_gone
+        self._silence_s = silence_s
+        self._on_close = on_close
+        self._ended = False
+        self._closed = False
+        self._first_token_at = 0.0
+        self.outcome: Outcome | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self._text.num_tokens
+
+    @property
+    def ttft_s(self) -> float | None:
+        return self._first_token_at - self._started if self._first_token_at else None
+
+    def run(self) -> Outcome:
+        """Wait for the whole text."""
+        for _ in self:
+            pass
+        assert self.outcome is not None
+        return self.outcome
+
+    def __iter__(self) -> Iterator[str | None]:
+        last_sent = time.monotonic()
+        while True:
+            event = self._generation.get(min(_LOOK_UP_S, self._silence_s))
+            if self._client_gone():
+                raise ClientGone("The client closed the connection.")
+            if event is None:
+                now = time.monotonic()
+                self._check_wait(now)
+                if now - last_sent >= self._silence_s:
+                    last_sent = now
+                    yield None
+            elif isinstance(event, Tokens):
+                if not self._first_token_at:
+                    self._first_token_at = time.monotonic()
+                piece = self._text.push(event.token_ids)
+                if piece:
+                    yield piece
+                    last_sent = time.monotonic()
+                if self._text.stopped:
+                    self._generation.abort()
+                    self._finish(self._last_event(), "stop")
+                    return
+            else:
+                self._ended = True
+                self._check_end(event)
+                piece = self._text.finish()
+                if piece:
+                    yield piece
+                self._finish(event, "stop" if self._text.stopped else event.reason)
+                return
+
+    def close(self) -> None:
+        """End the sequence if it is still running. May be called at any time, and again."""
+        if self._closed:
+            return
+        self._closed = True
+        if not self._ended:
+            self._generation.abort()
+        self._on_close()
+
+    def _check_wait(self, now: float) -> None:
+        if process.stop_at is not None and now >= process.stop_at:
+            raise EngineDraining("The server is stopping.")
+        if now > self._deadline:
+            raise RequestTimeout("The request did not finish in time.", remedy="Ask for fewer tokens.")
+
+    def _check_end(self, finished: Finished) -> None:
+        if finished.reason == "error":
+            raise EngineDied("The engine failed while it worked on this request.", remedy="Send the request again.")
+        if finished.error == TIMEOUT and not self._text.num_tokens:
+            raise RequestTimeout("The server did not come to this request in time.", remedy="Send it again later.")
+
+    def _last_event(self) -> Finished | None:
+        """The engine's account of a sequence that was aborted because its text is complete: it comes within a step."""
+        until = time.monotonic() + 1.0
+        while (left := until - time.monotonic()) > 0:
+            event = self._generation.get(left)
+            if isinstance(event, Finished):
+                self._ended = True
+                return event
+        return None
+
+    def _finish(self, finished: Finished | None, reason: str) -> None:
+        self._ended = True
+        now = time.monotonic()
+        self.outcome = Outcome(
+            text=self._text.text,
+            finish_reason=reason,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_output_tokens=self._text.num_tokens,
+            num_cached_tokens=finished.num_cached_tokens if finished else 0,
+            queue_s=finished.timings.queue_s if finished else 0.0,
+            ttft_s=(self._first_token_at or now) - self._started,
+            total_s=now - self._started,
+        )

@@ -1,0 +1,179 @@
+"""gunicorn's configuration and hooks: how our server starts, drains and ends. Used by the root's ``gunicorn.conf.py``
+and by ``nanogpt serve`` alike.
+
+The arbiter checks the settings, starts the engine's supervisor before it listens, and forks light workers that all
+talk to that one engine. Which signal does what:
+
+- SIGTERM: workers stop accepting, ``/health`` says draining, running texts go on for ``drain_timeout_s``, exit 0.
+- SIGHUP: new workers with the settings file read again; the old ones finish their texts; the engine goes on.
+- SIGINT, SIGQUIT: running texts end at once with an error event.
+- SIGKILL of the arbiter: workers see their parent change, the supervisor sees its owner gone; all end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import logging
+import mmap
+import os
+import signal
+import socket
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+from gunicorn.arbiter import Arbiter
+from gunicorn.workers.base import Worker
+
+from nanogpt.errors import NanoGPTError
+from nanogpt.settings import Settings
+from nanogpt.web import process
+from nanogpt.web.app import check_settings
+
+log = logging.getLogger(__name__)
+
+# Threads beside those that hold generations: for /health, for refusals, for bodies that are still arriving.
+SPARE_THREADS = 16
+# The drain's own deadline comes first, so that the last streams still get their error event before gunicorn kills.
+_KILL_AFTER_DRAIN_S = 2
+# Read again on SIGHUP; whatever else changed needs a new engine, and so a restart.
+_RELOADABLE = frozenset(
+    {"api_key", "rate_limit", "max_body_bytes", "max_prompt_chars", "max_new_tokens", "request_timeout_s"}
+    | {"stream_ping_s", "engine_wait_s", "http_workers", "http_threads", "drain_timeout_s", "log_format", "log_level"}
+)
+
+# How often the arbiter was told to reload. Shared with the workers: one that is being replaced thereby knows that the
+# server as a whole is not going down.
+_num_reloads = mmap.mmap(-1, 1)
+
+
+def load_settings(settings: Settings | None = None) -> Settings:
+    """Check the settings (given, or the process's own) and keep them for the app. Ends the process if they are wrong.
+
+    On a reload, settings that are wrong are refused and the former ones stay: a slip in a file stops no server.
+    """
+    former = process.settings
+    try:
+        settings = settings or Settings.load()
+        check_settings(settings)
+    except NanoGPTError as error:
+        if former is None:
+            print(f"Error: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
+        log.error("The former settings stay: %s", error)
+        return former
+    if former is not None:
+        kept = {
+            field.name: getattr(former, field.name)
+            for field in dataclasses.fields(Settings)
+            if field.name not in _RELOADABLE and getattr(former, field.name) != getattr(settings, field.name)
+        }
+        if kept:
+            log.warning("Takes effect at the next start only: %s.", ", ".join(kept))
+        settings = dataclasses.replace(settings, **kept)
+    process.settings = settings
+    return settings
+
+
+def configuration(settings: Settings) -> dict[str, Any]:
+    """gunicorn's settings, hooks included. Its command line goes above them."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    values: dict[str, Any] = {
+        "bind": f"{host}:{settings.port}",
+        "worker_class": "gthread",
+        "threads": settings.http_threads + SPARE_THREADS,
+        "graceful_timeout": int(settings.drain_timeout_s) + _KILL_AFTER_DRAIN_S,
+        "logger_class": "nanogpt.web.gunicorn_log.GunicornLogger",
+        "loglevel": settings.log_level,
+        # A second way to command the server that nobody asked for, at one path for all servers of a user.
+        "control_socket_disable": True,
+        "on_starting": on_starting,
+        "when_ready": when_ready,
+        "on_reload": on_reload,
+        "post_worker_init": post_worker_init,
+        "worker_int": worker_int,
+    }
+    if settings.http_workers > 1 or "WEB_CONCURRENCY" not in os.environ:
+        values["workers"] = settings.http_workers
+    return values
+
+
+# -- in the arbiter -------------------------------------------------------------------------------------------
+
+
+def on_starting(arbiter: Arbiter) -> None:
+    settings = process.settings or load_settings()
+    _check_addresses(arbiter)
+    from nanogpt.engine.launch import start_supervisor
+
+    try:
+        start_supervisor(settings, os.getpid())
+    except NanoGPTError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def when_ready(arbiter: Arbiter) -> None:
+    if process.settings and not process.settings.api_key:
+        beyond = [address for address in arbiter.cfg.address if not _is_loopback(address)]
+        if beyond:
+            log.warning("Everybody who reaches %s may use this server: API_KEY is not set.", _show(beyond[0]))
+
+
+def on_reload(arbiter: Arbiter) -> None:
+    _num_reloads[0] = (_num_reloads[0] + 1) % 256
+
+
+def _check_addresses(arbiter: Arbiter) -> None:
+    """One clear line when a port is taken, before anything is started; gunicorn tries for five seconds and logs ten."""
+    if arbiter.cfg.reuse_port or arbiter.master_pid or "LISTEN_FDS" in os.environ:
+        return  # the sockets are there already, or several may share the port
+    for address in arbiter.cfg.address:
+        if not isinstance(address, tuple):
+            continue
+        try:
+            host, port = address
+            family, kind, number, _, resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind, number) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(resolved)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+            print(f"Error: cannot listen on {_show(address)}: {reason}. Set HOST and PORT.", file=sys.stderr)
+            sys.exit(1)
+
+
+def _is_loopback(address: Any) -> bool:
+    if not isinstance(address, tuple):
+        return True  # a Unix socket: the file's permissions say who comes in
+    try:
+        return ipaddress.ip_address(address[0]).is_loopback
+    except ValueError:
+        return bool(address[0] == "localhost")
+
+
+def _show(address: tuple[str, int]) -> str:
+    return f"{address[0]}:{address[1]}"
+
+
+# -- in a worker ----------------------------------------------------------------------------------------------
+
+
+def post_worker_init(worker: Worker) -> None:
+    """Tell the app when this worker is on its way out."""
+    settings = process.settings or Settings()
+    born = _num_reloads[0]
+
+    def on_term(signum: int, frame: FrameType | None) -> None:
+        process.stop_at = time.monotonic() + settings.drain_timeout_s
+        worker.handle_exit(signum, frame)
+
+    signal.signal(signal.SIGTERM, on_term)
+    signal.siginterrupt(signal.SIGTERM, False)
+    process.is_draining = lambda: process.stop_at is not None and _num_reloads[0] == born
+
+
+def worker_int(worker: Worker) -> None:
+    process.stop_at = time.monotonic()

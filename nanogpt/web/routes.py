@@ -1,0 +1,137 @@
+"""The routes, each one straight line from request to answer. What surrounds every route is in ``app``."""
+
+from __future__ import annotations
+
+from threading import BoundedSemaphore
+from typing import Any
+
+from flask import Blueprint, Response, g, request
+
+from nanogpt._version import __version__
+from nanogpt.engine.messages import GenerateRequest
+from nanogpt.errors import QueueFull
+from nanogpt.settings import Settings
+from nanogpt.web import process
+from nanogpt.web.answers import json_response
+from nanogpt.web.body import read_json_object
+from nanogpt.web.connection import make_client_gone
+from nanogpt.web.engine import EngineHandle, ServedModel
+from nanogpt.web.generation import Outcome, TextGeneration
+from nanogpt.web.request_log import RequestLog
+from nanogpt.web.schemas import GenerateBody
+from nanogpt.web.streaming import EventStream
+
+
+def make_routes(settings: Settings, engine: EngineHandle) -> Blueprint:
+    """The guide's API on this engine."""
+    routes = Blueprint("guide", __name__)
+    # gunicorn runs a few threads more than this, so that /health answers in time however many texts are being written.
+    places = BoundedSemaphore(settings.http_threads)
+
+    @routes.post("/generate")
+    def generate() -> Response:
+        body = GenerateBody.parse(read_json_object(request, settings.max_body_bytes), settings)
+        model = engine.model()
+        prompt_token_ids = model.tokenizer.encode(body.prompt)
+        text = start(model, prompt_token_ids, body)
+        if body.stream:
+            return EventStream(text, g.record, lambda outcome: generate_answer(body, model, outcome)).response()
+        try:
+            return json_response(generate_answer(body, model, text.run()))
+        finally:
+            text.close()
+            g.record.describe(text)
+
+    def start(model: ServedModel, prompt_token_ids: list[int], body: GenerateBody) -> TextGeneration:
+        """Hand the request to the engine. Raises: QueueFull and whatever the engine refuses it with."""
+        if not places.acquire(blocking=False):
+            raise QueueFull("The server is busy.", remedy="Try again shortly.")
+        record: RequestLog = g.record
+        params = body.sampling_params()
+        try:
+            generation = engine.client.submit(
+                GenerateRequest(
+                    prompt_token_ids,
+                    params,
+                    request_id=record.request_id,
+                    client=request.remote_addr or "",
+                    timeout_s=settings.request_timeout_s,
+                )
+            )
+        except BaseException:
+            places.release()
+            raise
+        return TextGeneration(
+            generation,
+            model.tokenizer,
+            params.stop,
+            num_prompt_tokens=len(prompt_token_ids),
+            started=record.started,
+            timeout_s=settings.request_timeout_s,
+            client_gone=make_client_gone(request.environ),
+            silence_s=settings.stream_ping_s,
+            on_close=places.release,
+        )
+
+    @routes.get("/health")
+    def health() -> Response:
+        status, device, reason = engine_status()
+        body: dict[str, Any] = {"status": status, "model_loaded": status == "healthy", "device": device}
+        if reason:
+            body["reason"] = reason
+        return json_response(body, 200 if status == "healthy" else 503)
+
+    @routes.get("/ready")
+    def ready() -> Response:
+        status, _, reason = engine_status()
+        body: dict[str, Any] = {"ready": status == "healthy"}
+        if status != "healthy":
+            body["reason"] = reason or status
+        return json_response(body, 200 if status == "healthy" else 503)
+
+    def engine_status() -> tuple[str, str | None, str | None]:
+        """The guide's word for the state, the device, and the reason where it is not healthy."""
+        now = engine.state()
+        status = "healthy" if now.state == "ready" else now.state
+        if process.is_draining():
+            status = "draining"
+        return status, now.device or None, now.reason or None if status != "healthy" else None
+
+    @routes.get("/")
+    def index() -> Response:
+        return json_response(
+            {
+                "name": "nano-gpt-api",
+                "version": __version__,
+                "routes": {
+                    "POST /generate": 'Continue a text. JSON body: {"prompt": "Once upon a time", "max_length": 100}',
+                    "GET /health": "Whether the model is loaded, and on which device.",
+                    "GET /ready": "Whether a request would be answered now.",
+                },
+            }
+        )
+
+    return routes
+
+
+def generate_answer(body: GenerateBody, model: ServedModel, outcome: Outcome) -> dict[str, Any]:
+    """The guide's three fields first, then ours."""
+    return {
+        "prompt": body.prompt,
+        "generated_text": body.prompt + outcome.text,
+        "tokens_generated": outcome.num_output_tokens,
+        "finish_reason": outcome.finish_reason,
+        "model": model.name,
+        "usage": {
+            "prompt_tokens": outcome.num_prompt_tokens,
+            "completion_tokens": outcome.num_output_tokens,
+            "total_tokens": outcome.num_prompt_tokens + outcome.num_output_tokens,
+            "cached_tokens": outcome.num_cached_tokens,
+        },
+        "timings": {
+            "queue_s": round(outcome.queue_s, 6),
+            "ttft_s": round(outcome.ttft_s, 6),
+            "total_s": round(outcome.total_s, 6),
+            "tokens_per_second": round(outcome.tokens_per_second, 2),
+        },
+    }

@@ -1,0 +1,1 @@
+"""The guide's front door: ``web.serve``."""
