@@ -1,0 +1,480 @@
+// A whole model step on one thread of the team: embedding, layers, attention, head. Compiled once an instruction set.
+//
+// Threads divide a matrix by its output columns and attention by sequences, heads and rows. Nothing that a thread
+// computes depends on that division or on the other rows of the batch: integer sums are exact, and float sums run in a
+// fixed order inside one row. So the bits of a row are the same in any company.
+#pragma once
+
+#include "dot.h"
+#include "elementwise.h"
+#include "step.h"
+#if defined(NANOGPT_AMX)
+#include "amx.h"
+#endif
+
+namespace nanogpt {
+namespace {
+
+NG_INLINE int imin(int a, int b) { return a < b ? a : b; }
+
+// What a matrix product takes: rows of quantized (or float) activations with one scale a row.
+struct Act {
+  const uint8_t* data;
+  size_t stride;
+  const float* scale;
+};
+
+// ---- rows -----------------------------------------------------------------------------------------------------------
+
+// The float x[0, n) as integers of at most `limit`, in the instruction set's form, zeros up to n_pad. Returns the scale.
+inline float quantize_row(const float* x, int n, int n_pad, int limit, uint8_t* out) {
+  F32 largest = splat(0.0f);
+  for (int i = 0; i < n; i += 16) largest = max(abs(load(x + i)), largest);
+  const float top = max_lane(largest);
+  const bool some = top > 1e-30f;  // below, 1 / top would overflow: such a row is zero
+  const F32 inverse = splat(some ? float(limit) / top : 0.0f);
+  int i = 0;
+  for (; i < n; i += 16) put<true>(out, n_pad, i, round_to_int(load(x + i) * inverse));
+  for (; i < n_pad; i += 16) put<true>(out, n_pad, i, splat(int32_t(0)));
+  return some ? top / float(limit) : 0.0f;
+}
+
+// x must be zero past n, up to a multiple of 16.
+inline void layer_norm(const float* x, int n, const float* w, const float* b, float eps, float* out) {
+  F32 total = splat(0.0f);
+  for (int i = 0; i < n; i += 16) total = total + load(x + i);
+  const F32 mean = splat(sum(total) / float(n));
+  F32 squares = splat(0.0f);
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const F32 d = load(x + i) - mean;
+    squares = fma(d, d, squares);
+  }
+  if (i < n) {
+    const F32 d = select(less(iota(), splat(int32_t(n - i))), load(x + i) - mean, splat(0.0f));
+    squares = fma(d, d, squares);
+  }
+  const F32 inverse = splat(1.0f / __builtin_sqrtf(sum(squares) / float(n) + eps));
+  for (i = 0; i < n; i += 16) store(out + i, fma((load(x + i) - mean) * inverse, load(w + i), load(b + i)));
+}
+
+// A matrix's input: `make(row, floats)` gives one row as floats (it may write them to `floats` or return its own).
+// Small batches are prepared by each thread for itself, larger ones together, with a barrier at the end.
+template <class Make>
+NG_INLINE Act prepare(const Step& s, int thread, int rows, const Matrix& m, const Make& make) {
+  const bool own = rows <= kOwnRows, f32 = m.kind == Kind::kF32;
+  Scratch& scratch = s.scratch[thread];
+  uint8_t* act = own ? scratch.act : s.act;
+  float* scale = own ? scratch.act_scale : s.act_scale;
+  const int threads = own ? 1 : s.team->size(), part = own ? 0 : thread;
+  for (int r = rows * part / threads; r < rows * (part + 1) / threads; r++) {
+    uint8_t* to = act + r * s.act_stride;
+    if (f32) {
+      const float* x = make(r, reinterpret_cast<float*>(to));
+      if (x != reinterpret_cast<float*>(to)) std::memcpy(to, x, sizeof(float) * round_up(m.k, 16));
+      scale[r] = 1.0f;
+    } else {
+      scale[r] = quantize_row(make(r, scratch.row), m.k, m.k_pad, m.act_max, to);
+    }
+  }
+  if (!own) s.team->barrier();
+  return Act{act, s.act_stride, scale};
+}
+
+// ---- matrices -------------------------------------------------------------------------------------------------------
+
+enum class Then { kStore, kAdd, kGeluTanh, kGeluErf };
+
+// What follows a product, for R rows and `width` columns of int32 (or float) sums.
+NG_INLINE void finish(const Matrix& m, const int32_t* sums, int ld, int rows, int col, int width, const float* scale,
+                      float* out, size_t ldo, Then then) {
+  for (int c = 0; c < width; c += 16) {
+    const F32 bias = load(m.bias + col + c);
+    const F32 w_scale = m.kind == Kind::kI8 ? load(m.scale + col + c) : splat(1.0f);
+    for (int r = 0; r < rows; r++) {
+      const int32_t* from = sums + r * ld + c;
+      const F32 s = m.kind == Kind::kI8 ? to_float(load(from)) : from_bits(load(from));
+      F32 y = fma(s, m.kind == Kind::kF32 ? splat(1.0f) : w_scale * splat(scale[r]), bias);
+      float* o = out + r * ldo + col + c;
+      if (then == Then::kAdd) y = load(o) + y;
+      if (then == Then::kGeluTanh) y = gelu_tanh(y);
+      if (then == Then::kGeluErf) y = gelu_erf(y);
+      store(o, y);
+    }
+  }
+}
+
+// `rows` (1 .. kMaxRows) x `panels` (1, or kPanelsAtOnce and its half) to sums, with the count of rows made a constant.
+template <int P, int R = kMaxRows>
+NG_INLINE void dot_rows(int rows, const Matrix& m, const uint8_t* a, size_t a_stride, int panel, int32_t* out, int ld) {
+  if constexpr (R > 0) {
+    if (rows != R) return dot_rows<P, R - 1>(rows, m, a, a_stride, panel, out, ld);
+    const uint8_t* w = m.data + size_t(panel) * m.panel_bytes;
+    if (m.kind == Kind::kI8) {
+      dot_i8<R, P>(a, a_stride, m.k_pad, w, m.panel_bytes, m.k_pad / 4, m.sums + panel * kLanes, out, ld, false);
+    } else if (m.kind == Kind::kF32) {
+      dot_f32<R, P>((const float*)a, a_stride / 4, (const float*)w, m.panel_bytes / 4, m.k, (float*)out, ld, false);
+    } else {
+      for (int p = 0; p < P; p++)
+        dot_i4<R>(a, a_stride, m.k_pad, w + p * m.panel_bytes, m.k_pad / kGroup, (float*)out + kLanes * p, ld);
+    }
+  }
+}
+
+// out[rows, n] = act x m, this thread's columns.
+inline void matmul(const Step& s, int thread, const Matrix& m, const Act& act, int rows, float* out, size_t ldo,
+                   Then then) {
+  const int threads = s.team->size(), panels = m.num_panels();
+  // Shares are whole groups of panels where there are enough of them.
+  const int unit = panels >= 8 * threads ? 4 : 1, units = (panels + unit - 1) / unit;
+  const int first = imin(panels, units * thread / threads * unit);
+  const int last = imin(panels, units * (thread + 1) / threads * unit);
+  alignas(64) int32_t sums[kMaxRows * 16 * 4];
+  // Rows are taken in blocks whose activations stay in the L2 cache while the weights pass by.
+  const int block = imin(rows, int(round_up<size_t>(1 + 393216 / (2 * size_t(m.k_pad)), kMaxRows)));
+  for (int r0 = 0; r0 < rows; r0 += block) {
+    const int n = imin(block, rows - r0);
+#if defined(NANOGPT_AMX)
+    if (n >= kAmxRows && m.kind == Kind::kI8) {
+      amx_matmul(m, act.data + r0 * act.stride, act.stride, n, first, last,
+                 [&](const int32_t* tile, int ld, int r, int count, int col, int width) {
+                   finish(m, tile, ld, count, col, width, act.scale + r0 + r, out + (r0 + r) * ldo, ldo, then);
+                 });
+      continue;
+    }
+#endif
+    const int groups = (n + kMaxRows - 1) / kMaxRows;
+    for (int p = first; p < last;) {
+      int width = 1;
+      if (kPanelsAtOnce == 4) width = n <= 3 && last - p >= 4 ? 4 : last - p >= 2 ? 2 : 1;
+      for (int g = 0; g < groups; g++) {
+        const int r = n * g / groups, count = n * (g + 1) / groups - r;
+        const uint8_t* a = act.data + (r0 + r) * act.stride;
+        if constexpr (kPanelsAtOnce == 4) {
+          if (width == 4) dot_rows<4, 3>(count, m, a, act.stride, p, sums, 64);
+          if (width == 2) dot_rows<2>(count, m, a, act.stride, p, sums, 64);
+        }
+        if (width == 1) dot_rows<1>(count, m, a, act.stride, p, sums, 64);
+        finish(m, sums, 64, count, p * kLanes, width * kLanes, act.scale + r0 + r, out + (r0 + r) * ldo, ldo, then);
+      }
+      p += width;
+    }
+  }
+}
+
+// The embedding of one token: row `token` of a packed matrix, as floats.
+inline void embedding_row(const Matrix& m, int token, float* out) {
+  const int c = token % kLanes;
+  const uint8_t* panel = m.data + size_t(token / kLanes) * m.panel_bytes;
+  if (m.kind == Kind::kF32) {
+    for (int k = 0; k < m.k; k++) std::memcpy(out + k, panel + (size_t(k) * kLanes + c) * 4, 4);
+  } else if (m.kind == Kind::kI8) {
+    const float scale = m.scale[token];
+    for (int k = 0; k < m.k; k++) out[k] = float(int8_t(panel[size_t(k / 4) * 64 + c * 4 + k % 4])) * scale;
+  } else {
+    for (int k = 0; k < m.k; k++) {
+      const uint8_t* group = panel + size_t(k / kGroup) * kGroupBytes;
+      const int i = k % kGroup;
+      const uint8_t byte = group[(i % 32) / 4 * 64 + c * 4 + i % 4];
+      uint16_t half;
+      std::memcpy(&half, group + 512 + 2 * c, 2);
+      const uint32_t wide = uint32_t(half) << 16;
+      float scale;
+      std::memcpy(&scale, &wide, 4);
+      out[k] = float(int(i < 32 ? byte & 15 : byte >> 4) - 8) * scale;
+    }
+  }
+}
+
+// ---- attention ------------------------------------------------------------------------------------------------------
+
+NG_INLINE uint8_t* leaf_at(const Step& s, int slot, int block, int layer, int head) {
+  return s.kv_base + slot * s.kv.slot_bytes + block * s.kv.block_bytes +
+         size_t(layer * s.kv.n_head + head) * s.kv.leaf_bytes;
+}
+
+// K and V of one (row, head) to its leaf.
+inline void write_kv(const Step& s, int layer, int row, int head) {
+  const KvGeometry& kv = s.kv;
+  const Span& span = s.spans[s.row_span[row]];
+  const int position = s.positions[row], t = position % kLeafTokens, c = kv.d * kv.n_head;
+  uint8_t* leaf = leaf_at(s, span.slot, position / kLeafTokens, layer, head);
+  const float* k = s.qkv + row * s.ldqkv + c + head * kv.d;
+  const float* v = k + c;
+  if (kv.f32) {
+    float* kt = reinterpret_cast<float*>(leaf);
+    float* vt = reinterpret_cast<float*>(leaf + kv.k_bytes);
+    for (int i = 0; i < kv.d; i++) kt[(t / 16 * kv.dk + i) * 16 + t % 16] = k[i];
+    for (int i = 0; i < kv.d; i++) vt[(i / 16 * kLeafTokens + t) * 16 + i % 16] = v[i];
+    return;
+  }
+  float* k_scale = reinterpret_cast<float*>(leaf + kv.k_bytes + kv.v_bytes);
+  int32_t* k_sum = reinterpret_cast<int32_t*>(k_scale + kLeafTokens);
+  float* v_scale = k_scale + 2 * kLeafTokens;
+  auto largest = [&](const float* x) {
+    F32 m = splat(0.0f);
+    int i = 0;
+    for (; i + 16 <= kv.d; i += 16) m = max(abs(load(x + i)), m);
+    float top = max_lane(m);
+    for (; i < kv.d; i++) {
+      const float a = x[i] < 0 ? -x[i] : x[i];
+      top = a > top ? a : top;
+    }
+    return top;
+  };
+  // Sixteen values at a time; a head that is no multiple of 16 is completed with zeros.
+  auto quantized = [&](const float* x, int i, const F32& inverse, int32_t* out) {
+    alignas(64) float padded[16] = {};
+    for (int j = 0; j < imin(16, kv.d - i); j++) padded[j] = x[i + j];
+    store(out, round_to_int(load(padded) * inverse));
+  };
+  alignas(64) int32_t q[16];
+  int8_t* kt = reinterpret_cast<int8_t*>(leaf) + size_t(t / 16) * kv.dk * 16 + t % 16 * 4;
+  float top = largest(k);
+  bool some = top > 1e-30f;
+  F32 inverse = splat(some ? 127.0f / top : 0.0f);
+  int32_t total = 0;
+  for (int i = 0; i < kv.d; i += 16) {
+    quantized(k, i, inverse, q);
+    for (int j = 0; j < imin(16, kv.dk - i); j++) {
+      kt[(i + j) / 4 * 64 + j % 4] = int8_t(q[j]);
+      total += int8_t(q[j]);
+    }
+  }
+  k_scale[t] = some ? top / 127.0f : 0.0f;
+  k_sum[t] = total;
+  int8_t* vt = reinterpret_cast<int8_t*>(leaf + kv.k_bytes) + t / 4 * 64 + t % 4;
+  top = largest(v);
+  some = top > 1e-30f;
+  inverse = splat(some ? 127.0f / top : 0.0f);
+  for (int i = 0; i < kv.d; i += 16) {
+    quantized(v, i, inverse, q);
+    for (int j = 0; j < 16; j++) vt[size_t(i) * kLeafTokens + j * 4] = int8_t(q[j]);
+  }
+  v_scale[t] = some ? top / 127.0f : 0.0f;
+}
+
+// One head of a leaf: scores' sums of R queries with its 64 tokens / the tokens' weights with its V.
+template <int R = kMaxRows>
+NG_INLINE void leaf_scores(int rows, const KvGeometry& kv, const uint8_t* q, size_t q_stride, int plane,
+                           const uint8_t* leaf, int panels, int32_t* out, int ld) {
+  if constexpr (R > 0) {
+    if (rows != R) return leaf_scores<R - 1>(rows, kv, q, q_stride, plane, leaf, panels, out, ld);
+    const int32_t* sums = reinterpret_cast<const int32_t*>(leaf + kv.k_bytes + kv.v_bytes) + kLeafTokens;
+    int p = 0;
+    constexpr int kWide = kPanelsAtOnce == 4 ? (R <= 3 ? 4 : 2) : 1;
+    for (; p + kWide <= panels; p += kWide) {
+      const uint8_t* w = leaf + p * (kv.k_bytes / 4);
+      if (kv.f32)
+        dot_f32<R, kWide>((const float*)q, q_stride / 4, (const float*)w, kv.k_bytes / 16, kv.d,
+                          (float*)out + 16 * p, ld, false);
+      else
+        dot_i8<R, kWide>(q, q_stride, plane, w, kv.k_bytes / 4, kv.dk / 4, sums + 16 * p, out + 16 * p, ld, false);
+    }
+    for (; p < panels; p++) {
+      const uint8_t* w = leaf + p * (kv.k_bytes / 4);
+      if (kv.f32)
+        dot_f32<R, 1>((const float*)q, q_stride / 4, (const float*)w, 0, kv.d, (float*)out + 16 * p, ld, false);
+      else
+        dot_i8<R, 1>(q, q_stride, plane, w, 0, kv.dk / 4, sums + 16 * p, out + 16 * p, ld, false);
+    }
+  }
+}
+template <int R = kMaxRows>
+NG_INLINE void leaf_values(int rows, const KvGeometry& kv, const uint8_t* p, size_t p_stride, int plane,
+                           const uint8_t* leaf, int tokens, int32_t* out, int ld, bool add) {
+  if constexpr (R > 0) {
+    if (rows != R) return leaf_values<R - 1>(rows, kv, p, p_stride, plane, leaf, tokens, out, ld, add);
+    const uint8_t* w = leaf + kv.k_bytes;
+    const int kq = (tokens + 3) / 4;
+    int c = 0;
+    constexpr int kWide = kPanelsAtOnce == 4 ? (R <= 3 ? 4 : 2) : 1;
+    const size_t stride = kv.f32 ? size_t(kLeafTokens) * 64 : size_t(kLeafTokens) * 16;
+    for (; c + 16 * kWide <= kv.dv; c += 16 * kWide) {
+      if (kv.f32)
+        dot_f32<R, kWide>((const float*)p, p_stride / 4, (const float*)(w + c / 16 * stride), stride / 4, tokens,
+                          (float*)out + c, ld, add);
+      else
+        dot_i8<R, kWide>(p, p_stride, plane, w + c / 16 * stride, stride, kq, nullptr, out + c, ld, add);
+    }
+    for (; c < kv.dv; c += 16) {
+      if (kv.f32)
+        dot_f32<R, 1>((const float*)p, p_stride / 4, (const float*)(w + c / 16 * stride), 0, tokens, (float*)out + c,
+                      ld, add);
+      else
+        dot_i8<R, 1>(p, p_stride, plane, w + c / 16 * stride, 0, kq, nullptr, out + c, ld, add);
+    }
+  }
+}
+
+// The weights of one row's tokens [0, n): softmax without its division, quantized for the product with V.
+// `scores` holds sums on entry. Returns the factor of the product.
+inline float soft_weights(const Step& s, int slot, int layer, int head, float q_scale, int n, float* scores,
+                          uint8_t* out, int plane) {
+  const KvGeometry& kv = s.kv;
+  const int padded = round_up(n, 4);
+  F32 top = splat(-__builtin_inff());
+  for (int t = 0; t < n; t += 16) {
+    F32 y;
+    if (kv.f32) {
+      y = load(scores + t) * splat(q_scale);
+    } else {
+      const float* k_scale = reinterpret_cast<const float*>(leaf_at(s, slot, t / kLeafTokens, layer, head) +
+                                                            kv.k_bytes + kv.v_bytes);
+      y = to_float(bits(load(scores + t))) * (load(k_scale + t % kLeafTokens) * splat(q_scale));
+    }
+    if (n - t < 16) y = select(less(iota(), splat(int32_t(n - t))), y, splat(-__builtin_inff()));
+    store(scores + t, y);
+    top = max(y, top);
+  }
+  const F32 highest = splat(max_lane(top));
+  F32 total = splat(0.0f), largest = splat(0.0f);
+  for (int t = 0; t < n; t += 16) {
+    F32 e = exp(load(scores + t) - highest);
+    if (n - t < 16) e = select(less(iota(), splat(int32_t(n - t))), e, splat(0.0f));
+    total = total + e;
+    if (!kv.f32) {
+      const float* v_scale = reinterpret_cast<const float*>(leaf_at(s, slot, t / kLeafTokens, layer, head) +
+                                                            kv.k_bytes + kv.v_bytes) + 2 * kLeafTokens;
+      // Past n the scale may be anything: the mask comes last.
+      e = e * load(v_scale + t % kLeafTokens);
+      if (n - t < 16) e = select(less(iota(), splat(int32_t(n - t))), e, splat(0.0f));
+      largest = max(e, largest);
+    }
+    store(scores + t, e);
+  }
+  const float denominator = sum(total);
+  if (kv.f32) {
+    std::memcpy(out, scores, sizeof(float) * round_up(n, 16));
+    return 1.0f / denominator;
+  }
+  // n * limit * 127 < 2^31: the product with V is exact however long the context is.
+  const float limit = float(imin(kActMax, 16909320 / n)), highest_weight = max_lane(largest);
+  const bool some = highest_weight > 1e-30f;
+  const F32 inverse = splat(some ? limit / highest_weight : 0.0f);
+  for (int t = 0; t < padded; t += 16) put<false>(out, plane, t, round_to_int(load(scores + t) * inverse));
+  return some ? highest_weight / limit / denominator : 0.0f;
+}
+
+inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch) {
+  const KvGeometry& kv = s.kv;
+  const Span& span = s.spans[task.span];
+  const int q_plane = round_up(kv.dk, kDepth), p_plane = round_up(s.weights->config.block_size, kDepth);
+  const int element = kv.f32 ? 4 : 2;
+  const size_t q_stride = size_t(q_plane) * element, p_stride = size_t(p_plane) * element;
+  const int ld = p_plane;
+  const float root = 1.0f / __builtin_sqrtf(float(kv.d));
+  for (int head = task.head0; head < task.head1; head++) {
+    if (!span.kv_first)
+      for (int row = span.row0; row < span.row0 + span.n; row++) write_kv(s, layer, row, head);
+    for (int row0 = task.row0; row0 < task.row1; row0 += kMaxRows) {
+      const int rows = imin(kMaxRows, task.row1 - row0);
+      float q_scale[kMaxRows];
+      for (int r = 0; r < rows; r++) {
+        float* padded = scratch.row;
+        std::memcpy(padded, s.qkv + (row0 + r) * s.ldqkv + head * kv.d, sizeof(float) * kv.d);
+        std::memset(padded + kv.d, 0, sizeof(float) * 16);
+        uint8_t* to = scratch.att_act + r * q_stride;
+        const int limit = imin(kActMax, 16909320 / kv.d);
+        if (kv.f32) std::memcpy(to, padded, sizeof(float) * kv.d);
+        q_scale[r] = kv.f32 ? root : quantize_row(padded, kv.d, q_plane, limit, to) * root;
+      }
+      const int longest = s.positions[row0 + rows - 1] + 1;
+      for (int t = 0; t < longest; t += kLeafTokens)
+        leaf_scores(rows, kv, scratch.att_act, q_stride, q_plane, leaf_at(s, span.slot, t / kLeafTokens, layer, head),
+                    imin(4, (longest - t + 15) / 16), reinterpret_cast<int32_t*>(scratch.scores) + t, ld);
+      float factor[kMaxRows];
+      for (int r = 0; r < rows; r++) {
+        const int n = s.positions[row0 + r] + 1;
+        uint8_t* to = scratch.att_act + r * p_stride;
+        factor[r] = soft_weights(s, span.slot, layer, head, q_scale[r], n, scratch.scores + size_t(r) * ld, to, p_plane);
+        // Later rows of the block see more tokens: for this one they weigh nothing.
+        for (int t = round_up(n, 16); t < round_up(longest, 16); t += 16) {
+          if (kv.f32) store(reinterpret_cast<float*>(to) + t, splat(0.0f));
+          else put<false>(to, p_plane, t, splat(int32_t(0)));
+        }
+      }
+      for (int t = 0; t < longest; t += kLeafTokens)
+        leaf_values(rows, kv, scratch.att_act + size_t(t) * (kv.f32 ? 4 : kPlanes ? 1 : 2), p_stride, p_plane,
+                    leaf_at(s, span.slot, t / kLeafTokens, layer, head), imin(kLeafTokens, longest - t),
+                    reinterpret_cast<int32_t*>(scratch.out), kv.dv, t > 0);
+      for (int r = 0; r < rows; r++) {
+        alignas(64) float y[16];
+        float* to = s.att + (row0 + r) * s.ldx + head * kv.d;
+        for (int i = 0; i < kv.d; i += 16) {
+          const F32 value = load(scratch.out + r * kv.dv + i);
+          store(y, (kv.f32 ? value : to_float(bits(value))) * splat(factor[r]));
+          std::memcpy(to + i, y, sizeof(float) * imin(16, kv.d - i));
+        }
+      }
+    }
+  }
+}
+
+// ---- the model ------------------------------------------------------------------------------------------------------
+
+inline void forward(const Step& s, int thread) {
+  const Weights& w = *s.weights;
+  const Config& c = w.config;
+  const int threads = s.team->size(), rows = s.num_rows;
+  const Then gelu = c.erf ? Then::kGeluErf : Then::kGeluTanh;
+#if defined(NANOGPT_AMX)
+  AmxTiles tiles;
+#endif
+  for (int r = rows * thread / threads; r < rows * (thread + 1) / threads; r++) {
+    float* x = s.x + r * s.ldx;
+    const float* p = w.wpe + size_t(s.positions[r]) * round_up(c.n_embd, kDepth);
+    embedding_row(w.wte, s.tokens[r], x);
+    for (int i = 0; i < c.n_embd; i++) x[i] = x[i] + p[i];
+  }
+  s.team->barrier();
+  for (int i = 0; i < c.n_layer; i++) {
+    const Layer& layer = w.layers[i];
+    auto norm_1 = [&](int r, float* out) {
+      layer_norm(s.x + r * s.ldx, c.n_embd, layer.ln1_w, layer.ln1_b, c.eps, out);
+      return out;
+    };
+    matmul(s, thread, layer.qkv, prepare(s, thread, rows, layer.qkv, norm_1), rows, s.qkv, s.ldqkv, Then::kStore);
+    s.team->barrier();
+    if (s.any_kv_first) {
+      for (int r = rows * thread / threads; r < rows * (thread + 1) / threads; r++)
+        if (s.spans[s.row_span[r]].kv_first)
+          for (int head = 0; head < c.n_head; head++) write_kv(s, i, r, head);
+      s.team->barrier();
+    }
+    for (;;) {
+      const int t = __atomic_fetch_add(s.task_counters + i, 1, __ATOMIC_RELAXED);
+      if (t >= s.num_tasks) break;
+      attend(s, i, s.tasks[t], s.scratch[thread]);
+    }
+    s.team->barrier();
+    auto attended = [&](int r, float*) { return s.att + r * s.ldx; };
+    matmul(s, thread, layer.proj, prepare(s, thread, rows, layer.proj, attended), rows, s.x, s.ldx, Then::kAdd);
+    s.team->barrier();
+    auto norm_2 = [&](int r, float* out) {
+      layer_norm(s.x + r * s.ldx, c.n_embd, layer.ln2_w, layer.ln2_b, c.eps, out);
+      return out;
+    };
+    matmul(s, thread, layer.fc, prepare(s, thread, rows, layer.fc, norm_2), rows, s.h, s.ldh, gelu);
+    s.team->barrier();
+    auto hidden = [&](int r, float*) { return s.h + r * s.ldh; };
+    matmul(s, thread, layer.fc_proj, prepare(s, thread, rows, layer.fc_proj, hidden), rows, s.x, s.ldx, Then::kAdd);
+    s.team->barrier();
+  }
+}
+
+inline void head(const Step& s, int thread) {
+  const Weights& w = *s.weights;
+#if defined(NANOGPT_AMX)
+  AmxTiles tiles;
+#endif
+  auto norm = [&](int r, float* out) {
+    layer_norm(s.x + s.out_rows[r] * s.ldx, w.config.n_embd, w.lnf_w, w.lnf_b, w.config.eps, out);
+    return out;
+  };
+  matmul(s, thread, w.head, prepare(s, thread, s.num_out, w.head, norm), s.num_out, s.logits, s.ld_logits,
+         Then::kStore);
+}
+
+}  // namespace
+}  // namespace nanogpt

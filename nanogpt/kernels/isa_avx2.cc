@@ -1,0 +1,6 @@
+#include "forward.h"
+
+namespace nanogpt {
+extern const Isa kIsa_avx2;
+const Isa kIsa_avx2 = {"avx2", forward, head};
+}  // namespace nanogpt

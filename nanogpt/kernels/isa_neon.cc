@@ -1,0 +1,6 @@
+#include "forward.h"
+
+namespace nanogpt {
+extern const Isa kIsa_neon;
+const Isa kIsa_neon = {"neon", forward, head};
+}  // namespace nanogpt

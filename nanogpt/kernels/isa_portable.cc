@@ -1,0 +1,6 @@
+#include "forward.h"
+
+namespace nanogpt {
+extern const Isa kIsa_portable;
+const Isa kIsa_portable = {"portable", forward, head};
+}  // namespace nanogpt

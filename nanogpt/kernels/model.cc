@@ -1,0 +1,176 @@
+#include "model.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+namespace nanogpt {
+
+const Isa* find_isa(const std::string& name);
+
+namespace {
+
+// Hands out pieces of one block, each on its own cache line. With a null base it only counts.
+struct Carver {
+  uint8_t* base;
+  size_t used = 0;
+  template <class T>
+  T* take(size_t count) {
+    used = round_up<size_t>(used, 64);
+    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += count * sizeof(T);
+    return piece;
+  }
+};
+
+uint8_t* aligned(uint8_t* p) { return p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64; }
+
+}  // namespace
+
+Model::Model(const Config& config, const std::vector<Kind>& kinds, const uint8_t* packed, int num_slots, int threads,
+             const std::string& isa)
+    : weights_(Layout(config, kinds).weights(packed)),
+      kv_(config, weights_.wte.kind == Kind::kF32),
+      num_slots_(num_slots),
+      isa_(find_isa(isa)),
+      team_(threads) {
+  kv_bytes_ = kv_.slot_bytes * (size_t(num_slots) + 1);
+  // Committed by the operating system as it is touched, and zero until then.
+  void* memory = mmap(nullptr, kv_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  kv_base_ = static_cast<uint8_t*>(memory);
+  const size_t widest = round_up(std::max({config.n_embd, config.n_inner}), kDepth);
+  const size_t context = round_up(config.block_size, kDepth), element = kv_.f32 ? 4 : 2;
+  const size_t act_row = widest * element;
+  auto carve = [&](Carver c) {
+    for (Scratch& s : scratch_) {
+      s.row = c.take<float>(widest + 64);
+      s.act = c.take<uint8_t>(kOwnRows * act_row);
+      s.act_scale = c.take<float>(kOwnRows);
+      s.scores = c.take<float>(kScratchRows * context);
+      s.att_act = c.take<uint8_t>(kScratchRows * std::max(context, size_t(round_up(kv_.dk, kDepth))) * element);
+      s.out = c.take<float>(size_t(kScratchRows) * kv_.dv);
+    }
+    return c.used;
+  };
+  scratch_.resize(threads);
+  thread_memory_ = std::make_unique<uint8_t[]>(carve({nullptr}) + 64);
+  carve({aligned(thread_memory_.get())});
+  counters_.resize(config.n_layer);
+  step_.weights = &weights_;
+  step_.kv = kv_;
+  step_.kv_base = kv_base_;
+  step_.scratch = scratch_.data();
+  step_.team = &team_;
+  step_.ldx = round_up(config.n_embd, kDepth);
+  step_.ldqkv = round_up(3 * config.n_embd, kDepth);
+  step_.ldh = round_up(config.n_inner, kDepth);
+  step_.act_stride = act_row;
+  step_.ld_logits = ld_logits();
+}
+
+Model::~Model() {
+  if (kv_base_) munmap(kv_base_, kv_bytes_);
+}
+
+void Model::reserve(int rows) {
+  if (rows <= reserved_rows_) return;
+  auto carve = [&](Carver c) {
+    step_.x = c.take<float>(rows * step_.ldx);
+    step_.att = c.take<float>(rows * step_.ldx);
+    step_.qkv = c.take<float>(rows * step_.ldqkv + 16);
+    step_.h = c.take<float>(rows * step_.ldh);
+    step_.act = c.take<uint8_t>(rows * step_.act_stride);
+    step_.act_scale = c.take<float>(rows);
+    return c.used;
+  };
+  // Zero, because the columns between a width and its multiple of 64 are read and never written.
+  rows_memory_.reset();
+  rows_memory_ = std::make_unique<uint8_t[]>(carve({nullptr}) + 64);
+  carve({aligned(rows_memory_.get())});
+  reserved_rows_ = rows;
+}
+
+// Attention in pieces of about equal work, several a thread: whole sequences where there are many, heads of a sequence
+// where there are few, and rows of a long chunk where heads do not suffice.
+void Model::make_tasks() {
+  tasks_.clear();
+  step_.any_kv_first = false;
+  auto cost = [](const Span& s) { return (int64_t(s.start) + (s.n + 1) / 2 + 32) * s.n; };
+  int64_t total = 0;
+  for (const Span& s : spans_) total += cost(s);
+  const int threads = team_.size(), heads = kv_.n_head;
+  const int64_t target = threads == 1 ? INT64_MAX : std::max<int64_t>(total / (4 * threads), 1);
+  for (int b = 0; b < int(spans_.size()); b++) {
+    Span& s = spans_[b];
+    const int64_t pieces = threads == 1 ? 1 : (cost(s) + target - 1) / target;
+    const int by_head = int(std::min<int64_t>(pieces, heads));
+    const int by_row = heads >= 2 * threads ? 1 : int(std::clamp<int64_t>(pieces / by_head, 1, (s.n + 23) / 24));
+    s.kv_first = by_row > 1;
+    step_.any_kv_first |= s.kv_first;
+    for (int r = by_row - 1; r >= 0; r--)  // later rows see more tokens: the longest pieces first
+      for (int h = 0; h < by_head; h++)
+        tasks_.push_back({b, heads * h / by_head, heads * (h + 1) / by_head, s.row0 + s.n * r / by_row,
+                          s.row0 + s.n * (r + 1) / by_row});
+  }
+}
+
+void Model::forward(const BatchView& batch) {
+  spans_.clear();
+  positions_.clear();
+  row_span_.clear();
+  const Config& c = config();
+  int rows = 0;
+  for (int b = 0; b < batch.num_spans; b++) {
+    const int slot = batch.slots[b], start = batch.starts[b], n = batch.num_tokens[b];
+    // Addresses are made from these: they are checked here, whatever the caller promised.
+    if (slot < 0 || slot > num_slots_ || start < 0 || n < 1 || n > c.block_size || start > c.block_size - n)
+      throw std::out_of_range("a sequence of the batch lies outside its slot");
+    spans_.push_back({slot, start, rows, n, false});
+    for (int i = 0; i < n; i++) {
+      const int token = batch.token_ids[rows + i];
+      if (token < 0 || token >= c.vocab_size) throw std::out_of_range("a token id is not in the vocabulary");
+      positions_.push_back(start + i);
+      row_span_.push_back(b);
+    }
+    rows += n;
+  }
+  reserve(rows);
+  make_tasks();
+  std::fill(counters_.begin(), counters_.end(), 0);
+  step_.num_rows = rows;
+  step_.tokens = batch.token_ids;
+  step_.positions = positions_.data();
+  step_.row_span = row_span_.data();
+  step_.num_spans = int(spans_.size());
+  step_.spans = spans_.data();
+  step_.num_tasks = int(tasks_.size());
+  step_.tasks = tasks_.data();
+  step_.task_counters = counters_.data();
+  if (rows) team_.run([&](int thread) { isa_->forward(step_, thread); });
+}
+
+const float* Model::head(const int32_t* rows, int num_rows) {
+  for (int i = 0; i < num_rows; i++)
+    if (rows[i] < 0 || rows[i] >= step_.num_rows) throw std::out_of_range("a row is not in the last batch");
+  if (logits_.size() < num_rows * ld_logits()) logits_.resize(num_rows * ld_logits());
+  step_.num_out = num_rows;
+  step_.out_rows = rows;
+  step_.logits = logits_.data();
+  if (num_rows) team_.run([&](int thread) { isa_->head(step_, thread); });
+  return logits_.data();
+}
+
+void Model::copy_prefix(int source, int target, int num_tokens) {
+  if (source < 0 || target < 0 || source >= num_slots_ || target >= num_slots_ || num_tokens < 0 ||
+      num_tokens > config().block_size)
+    throw std::out_of_range("copy_prefix: no such slot or too many tokens");
+  if (source == target) return;
+  // Whole leaves: what lies past the prefix in the last one is overwritten before it is read.
+  const size_t blocks = (size_t(num_tokens) + kLeafTokens - 1) / kLeafTokens;
+  std::memcpy(kv_base_ + target * kv_.slot_bytes, kv_base_ + source * kv_.slot_bytes, blocks * kv_.block_bytes);
+}
+
+}  // namespace nanogpt

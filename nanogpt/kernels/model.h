@@ -1,0 +1,63 @@
+// A packed model with its K/V slots and its threads: everything behind one runner. Not thread safe: one caller at a time.
+#pragma once
+
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "step.h"
+
+namespace nanogpt {
+
+// Names of the instruction sets that this build has and this machine runs, best first.
+std::vector<std::string> usable_isas();
+
+struct BatchView {
+  int num_spans = 0;
+  const int32_t *slots = nullptr, *starts = nullptr, *num_tokens = nullptr, *token_ids = nullptr;
+};
+
+class Model {
+ public:
+  // `packed` must outlive the model. Throws std::invalid_argument for an instruction set that cannot run here.
+  Model(const Config& config, const std::vector<Kind>& kinds, const uint8_t* packed, int num_slots, int threads,
+        const std::string& isa);
+  ~Model();
+  Model(const Model&) = delete;
+  Model& operator=(const Model&) = delete;
+
+  // Computes the batch's tokens and writes their K and V.
+  void forward(const BatchView& batch);
+  // Logits of rows of the last batch, [rows, ld_logits()], into a buffer that the next call overwrites.
+  const float* head(const int32_t* rows, int num_rows);
+  void copy_prefix(int source, int target, int num_tokens);
+
+  const Config& config() const { return weights_.config; }
+  size_t ld_logits() const { return size_t(weights_.head.n_pad); }
+  int spare_slot() const { return num_slots_; }  // one slot more than asked for, for `logits`
+  int num_slots() const { return num_slots_; }
+  const char* isa() const { return isa_->name; }
+  Team& team() { return team_; }
+
+ private:
+  void reserve(int rows);
+  void make_tasks();
+  Weights weights_;
+  KvGeometry kv_;
+  int num_slots_;
+  const Isa* isa_;
+  Team team_;
+  uint8_t* kv_base_ = nullptr;
+  size_t kv_bytes_ = 0;
+  int reserved_rows_ = 0;
+  std::unique_ptr<uint8_t[]> rows_memory_, thread_memory_;
+  std::vector<float> logits_;
+  std::vector<int32_t> positions_, row_span_, counters_;
+  std::vector<Span> spans_;
+  std::vector<Task> tasks_;
+  std::vector<Scratch> scratch_;
+  Step step_{};
+};
+
+}  // namespace nanogpt

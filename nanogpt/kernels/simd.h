@@ -1,0 +1,184 @@
+// Sixteen lanes of float and of int32, on every instruction set alike.
+//
+// The lanes are held in as many native registers as it takes (1 on AVX-512, 2 on AVX2, 4 on NEON and SSE2) through the
+// compiler's vector types. Every operation is one IEEE operation a lane, and multiply-adds are fused only where
+// `fma` is written: that, and the fixed order of `sum`, is why all instruction sets give the same bits.
+// Included only by the isa_*.cc files, each in its own anonymous namespace: nothing here may be shared between
+// translation units that were compiled for different machines.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define NG_INLINE inline __attribute__((always_inline))
+
+namespace nanogpt {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kNative = 16;
+#elif defined(__AVX2__)
+constexpr int kNative = 8;
+#else
+constexpr int kNative = 4;
+#endif
+constexpr int kParts = 16 / kNative;
+
+typedef float NativeF __attribute__((vector_size(kNative * 4)));
+typedef int32_t NativeI __attribute__((vector_size(kNative * 4)));
+typedef uint32_t NativeU __attribute__((vector_size(kNative * 4)));
+
+struct F32 {
+  NativeF v[kParts];
+};
+struct I32 {
+  NativeU v[kParts];  // unsigned: sums wrap, by definition
+};
+
+#define NG_LANES for (int i = 0; i < kParts; i++)
+
+NG_INLINE F32 load(const float* p) {
+  F32 r;
+  std::memcpy(&r, p, 64);
+  return r;
+}
+NG_INLINE I32 load(const int32_t* p) {
+  I32 r;
+  std::memcpy(&r, p, 64);
+  return r;
+}
+NG_INLINE void store(float* p, const F32& a) { std::memcpy(p, &a, 64); }
+NG_INLINE void store(int32_t* p, const I32& a) { std::memcpy(p, &a, 64); }
+
+NG_INLINE F32 splat(float x) {
+  F32 r;
+  NG_LANES r.v[i] = x - NativeF{};
+  return r;
+}
+NG_INLINE I32 splat(int32_t x) {
+  I32 r;
+  NG_LANES r.v[i] = uint32_t(x) - NativeU{};
+  return r;
+}
+NG_INLINE I32 iota() {
+  alignas(64) static constexpr int32_t kIota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load(kIota);
+}
+
+#define NG_BINARY(T, op)                          \
+  NG_INLINE T operator op(const T& a, const T& b) { \
+    T r;                                          \
+    NG_LANES r.v[i] = a.v[i] op b.v[i];           \
+    return r;                                     \
+  }
+NG_BINARY(F32, +)
+NG_BINARY(F32, -)
+NG_BINARY(F32, *)
+NG_BINARY(F32, /)
+NG_BINARY(I32, +)
+NG_BINARY(I32, -)
+NG_BINARY(I32, *)
+NG_BINARY(I32, &)
+NG_BINARY(I32, |)
+#undef NG_BINARY
+
+NG_INLINE I32 shift_left(const I32& a, int n) {
+  I32 r;
+  NG_LANES r.v[i] = a.v[i] << n;
+  return r;
+}
+NG_INLINE I32 shift_right(const I32& a, int n) {  // logical
+  I32 r;
+  NG_LANES r.v[i] = a.v[i] >> n;
+  return r;
+}
+NG_INLINE I32 bits(const F32& a) {
+  I32 r;
+  std::memcpy(&r, &a, 64);
+  return r;
+}
+NG_INLINE F32 from_bits(const I32& a) {
+  F32 r;
+  std::memcpy(&r, &a, 64);
+  return r;
+}
+NG_INLINE F32 to_float(const I32& a) {
+  F32 r;
+  NG_LANES r.v[i] = __builtin_convertvector((NativeI)a.v[i], NativeF);
+  return r;
+}
+
+// a * b + c, rounded once.
+NG_INLINE F32 fma(const F32& a, const F32& b, const F32& c) {
+  F32 r;
+#if defined(__AVX512F__)
+  r.v[0] = (NativeF)_mm512_fmadd_ps((__m512)a.v[0], (__m512)b.v[0], (__m512)c.v[0]);
+#elif defined(__FMA__)
+  NG_LANES r.v[i] = (NativeF)_mm256_fmadd_ps((__m256)a.v[i], (__m256)b.v[i], (__m256)c.v[i]);
+#elif defined(__aarch64__)
+  NG_LANES r.v[i] = (NativeF)vfmaq_f32((float32x4_t)c.v[i], (float32x4_t)a.v[i], (float32x4_t)b.v[i]);
+#else
+  NG_LANES for (int j = 0; j < kNative; j++) r.v[i][j] = __builtin_fmaf(a.v[i][j], b.v[i][j], c.v[i][j]);
+#endif
+  return r;
+}
+
+// All ones where a > b. Lanes with NaN compare false.
+NG_INLINE I32 greater(const F32& a, const F32& b) {
+  I32 r;
+  NG_LANES r.v[i] = (NativeU)(a.v[i] > b.v[i]);
+  return r;
+}
+NG_INLINE I32 less(const I32& a, const I32& b) {  // signed
+  I32 r;
+  NG_LANES r.v[i] = (NativeU)((NativeI)a.v[i] < (NativeI)b.v[i]);
+  return r;
+}
+NG_INLINE F32 select(const I32& mask, const F32& yes, const F32& no) {
+  F32 r;
+  NG_LANES r.v[i] = (NativeF)(((NativeU)yes.v[i] & mask.v[i]) | ((NativeU)no.v[i] & ~mask.v[i]));
+  return r;
+}
+// The larger lane; `b` where either is NaN. Written out as x86's own rule, so that it is one instruction there.
+NG_INLINE F32 max(const F32& a, const F32& b) {
+  F32 r;
+#if defined(__AVX512F__)
+  r.v[0] = (NativeF)_mm512_max_ps((__m512)a.v[0], (__m512)b.v[0]);
+#elif defined(__AVX2__)
+  NG_LANES r.v[i] = (NativeF)_mm256_max_ps((__m256)a.v[i], (__m256)b.v[i]);
+#else
+  r = select(greater(a, b), a, b);
+#endif
+  return r;
+}
+NG_INLINE F32 abs(const F32& a) { return from_bits(bits(a) & splat(int32_t(0x7fffffff))); }
+
+// The sum of sixteen lanes, always in this order: halves are folded onto each other.
+NG_INLINE float sum(const F32& a) {
+  float t[16];
+  store(t, a);
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; i++) t[i] = t[i] + t[i + half];
+  return t[0];
+}
+NG_INLINE float max_lane(const F32& a) {
+  float t[16];
+  store(t, a);
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; i++) t[i] = t[i] > t[i + half] ? t[i] : t[i + half];
+  return t[0];
+}
+
+// To the nearest integer, ties to even, for |a| < 2^22: adding 1.5 * 2^23 leaves the integer in the low bits.
+NG_INLINE I32 round_to_int(const F32& a) {
+  const F32 magic = splat(12582912.0f);
+  return bits(a + magic) - bits(magic);
+}
+
+}  // namespace
+}  // namespace nanogpt

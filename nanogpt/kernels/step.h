@@ -1,0 +1,69 @@
+// One model step as plain pointers: what runner.cc hands to an instruction set's `forward`. Owns nothing.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "layout.h"
+#include "pool.h"
+
+namespace nanogpt {
+
+// A sequence's part of the batch: rows row0 .. row0 + n hold its tokens at positions start ..
+struct Span {
+  int slot, start, row0, n;
+  bool kv_first;  // its rows are split over several attention tasks, so K and V must be written before them
+};
+
+// A piece of attention: heads [head0, head1) of rows [row0, row1) of the batch, all of one span.
+struct Task {
+  int span, head0, head1, row0, row1;
+};
+
+// Buffers of one thread.
+struct Scratch {
+  float* row;      // one row of floats, the widest matrix input
+  uint8_t* act;    // quantized rows of its own: small batches are prepared by every thread for itself
+  float* act_scale;
+  float* scores;   // kScratchRows rows of block_size
+  uint8_t* att_act;
+  float* out;      // kScratchRows rows of a head's output
+};
+
+constexpr int kScratchRows = 8;  // at least every instruction set's kMaxRows
+constexpr int kOwnRows = 1;  // batches up to this are normalized by every thread for itself: cheaper than a barrier
+
+struct Step {
+  const Weights* weights;
+  KvGeometry kv;
+  uint8_t* kv_base;
+  int num_rows;
+  const int32_t* tokens;
+  const int32_t* positions;
+  const int32_t* row_span;
+  int num_spans;
+  const Span* spans;
+  int num_tasks;
+  const Task* tasks;
+  bool any_kv_first;
+  int32_t* task_counters;  // one a layer, zero at the start
+  int num_out;             // rows whose logits are wanted
+  const int32_t* out_rows;
+  float* logits;
+  size_t ld_logits;
+  float *x, *qkv, *att, *h;
+  size_t ldx, ldqkv, ldh;
+  uint8_t* act;
+  size_t act_stride;
+  float* act_scale;
+  Scratch* scratch;  // one a thread
+  Team* team;
+};
+
+struct Isa {
+  const char* name;
+  void (*forward)(const Step& step, int thread);  // all layers; then, for num_out rows, the final norm's output in x
+  void (*head)(const Step& step, int thread);     // logits of rows already in x (rows 0 .. num_out)
+};
+
+}  // namespace nanogpt

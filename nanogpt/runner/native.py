@@ -1,0 +1,195 @@
+"""The CPU runner: C++ (``nanogpt/kernels``) behind the runner's protocol. Owned by the engine's thread; imports no torch.
+
+The weights are packed once (int8, int4 or float32) and the arithmetic is such that a row's logits have the same bits in
+any company: alone or in a batch, in chunks or whole, with any number of threads and on any instruction set. See
+``docs/cpu-performance.md``. What this module does: turn a checkpoint into a packed buffer, choose threads and
+instruction set, and pass batches on.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from nanogpt import _kernels
+from nanogpt.checkpoint.types import Checkpoint
+from nanogpt.errors import SettingsError
+from nanogpt.model.config import GPTConfig
+from nanogpt.runner.base import Batch, Float32, Int32, StepOutput
+from nanogpt.runner.sampler import sample, sampled_rows, step_output, token_logprobs
+
+_KINDS = {"fp32": 0, "int8": 1, "int4": 2}
+_HEAD_ROWS = 64
+"""Rows whose logits are held at once where a whole text's are asked for (a row of GPT-2's is 200 kB)."""
+
+
+class NativeRunner:
+    """See ``nanogpt.runner.base.Runner``. ``precision``: int8 (default), int4, or fp32 (exact to float32's rounding).
+
+    ``threads`` 0: as many as the container may use. The variable NANOGPT_ISA forces an instruction set.
+    """
+
+    device = "cpu"
+    name = "native"
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, precision: str = "int8", num_slots: int = 32, threads: int = 0
+    ) -> None:
+        if precision == "auto":
+            precision = "int8"
+        if precision not in _KINDS:
+            raise SettingsError(
+                f"precision is {precision!r}; the CPU runner computes in {', '.join(_KINDS)}.",
+                remedy="Choose one of these, or --runner torch.",
+                field="precision",
+            )
+        self.config = checkpoint.config
+        self.num_slots = num_slots
+        self.precision = precision
+        self.num_threads = threads or usable_cpus()
+        config = _native_config(self.config)
+        kinds = [_KINDS[precision]] * _kernels.num_matrices(config)
+        packed = pack(checkpoint, config, kinds, self.num_threads)
+        self._model: _kernels.Model | None = _kernels.Model(
+            config, kinds, packed, num_slots, self.num_threads, chosen_isa()
+        )
+
+    @property
+    def isa(self) -> str:
+        """The instruction set that was chosen."""
+        return str(self._running().isa)
+
+    def step(self, batch: Batch) -> StepOutput:
+        """Compute the batch's tokens, write their K and V, sample."""
+        rows = sampled_rows(batch)
+        wanted = [row.token for row in rows]
+        logits = self._forward(batch.slots, batch.starts, batch.num_tokens, batch.token_ids, wanted)
+        drawn = sample(logits, rows, self.config.num_tokens) if rows else []
+        output = step_output(batch, rows, drawn, logits, self.config.num_tokens)
+        for b, asked in (batch.prompt_logprobs or {}).items():
+            first = int(batch.num_tokens[:b].sum())
+            output.prompt_logprobs[b] = []
+            for i in range(0, len(asked.following), _HEAD_ROWS):
+                following = asked.following[i : i + _HEAD_ROWS]
+                part = self._head(np.arange(first + i, first + i + len(following), dtype=np.int32))
+                output.prompt_logprobs[b] += token_logprobs(part, following, asked.num_top, self.config.num_tokens)
+        return output
+
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """Copy K and V of the first positions of one slot to another."""
+        self._running().copy_prefix(source, target, num_tokens)
+
+    def logits(self, token_ids: Int32) -> Float32:
+        """Logits of every position of one text, outside all slots. Shapes: ``[T]`` → ``[T, V]``."""
+        model = self._running()
+        token_ids = np.ascontiguousarray(token_ids, np.int32)
+        result = np.empty((len(token_ids), self.config.vocab_size), np.float32)
+        one = np.zeros(1, np.int32)
+        self._forward(one + model.spare_slot, one, one + len(token_ids), token_ids, [])
+        for i in range(0, len(token_ids), _HEAD_ROWS):
+            result[i : i + _HEAD_ROWS] = self._head(np.arange(i, min(i + _HEAD_ROWS, len(token_ids)), dtype=np.int32))
+        return result
+
+    def close(self) -> None:
+        """Give back memory and threads; the runner is not used again."""
+        self._model = None
+
+    def _running(self) -> _kernels.Model:
+        if self._model is None:
+            raise RuntimeError("the runner was closed")
+        return self._model
+
+    def _forward(self, slots: Int32, starts: Int32, num_tokens: Int32, token_ids: Int32, rows: list[int]) -> Float32:
+        model = self._running()
+        model.forward(slots, starts, num_tokens, token_ids)
+        return self._head(np.array(rows, np.int32))
+
+    def _head(self, rows: Int32) -> Float32:
+        logits: Float32 = self._running().head(rows)
+        return logits[:, : self.config.vocab_size]
+
+
+def chosen_isa() -> str:
+    """The best instruction set that this machine runs, or the one that NANOGPT_ISA names.
+
+    Raises: SettingsError where that one is not in this build or not in this machine.
+    """
+    usable = _kernels.usable_isas()
+    forced = os.environ.get("NANOGPT_ISA", "")
+    if forced and forced not in usable:
+        raise SettingsError(
+            f"NANOGPT_ISA is {forced!r}; this build on this machine runs {', '.join(usable)}.",
+            remedy="Leave it unset to take the first of these.",
+            field="NANOGPT_ISA",
+        )
+    return forced or str(usable[0])
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity, and the container's quota (not the host's count of cores)."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, min([count, *(math.ceil(quota) for quota in _cgroup_quotas())]))
+
+
+def _cgroup_quotas(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[float]:
+    """CPU quotas, in CPUs, of this process's control group and those above it (version 2, or version 1's root)."""
+    quotas = []
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        lines = []
+    path = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    folder = root / path.strip("/")
+    folders = [folder, *folder.parents]
+    for each in folders[: folders.index(root) + 1] if root in folders else [root]:
+        try:
+            quota, period = (each / "cpu.max").read_text().split()
+            quotas.append(int(quota) / int(period))
+        except (OSError, ValueError):  # no such file, or "max"
+            pass
+    try:
+        quota = int((root / "cpu" / "cpu.cfs_quota_us").read_text())
+        if quota > 0:
+            quotas.append(quota / int((root / "cpu" / "cpu.cfs_period_us").read_text()))
+    except (OSError, ValueError):
+        pass
+    return quotas
+
+
+def pack(checkpoint: Checkpoint, config: _kernels.Config, kinds: list[int], threads: int) -> npt.NDArray[np.uint8]:
+    """The checkpoint's weights as one packed buffer, tensor by tensor."""
+    # Aligned to a cache line, which np.empty does not promise.
+    size = _kernels.packed_bytes(config, kinds)
+    memory = np.empty(size + 64, np.uint8)
+    packed = memory[(start := -memory.ctypes.data % 64) : start + size]
+    pack_into(packed, checkpoint, config, kinds, threads)
+    return packed
+
+
+def pack_into(
+    packed: npt.NDArray[np.uint8], checkpoint: Checkpoint, config: _kernels.Config, kinds: list[int], threads: int
+) -> None:
+    """Write every tensor to its place in the packed buffer."""
+    tensors = checkpoint.tensors
+    for name, is_matrix, num_rows, width in _kernels.entries(config, kinds):
+        if is_matrix:
+            bias = tensors.get(f"{name}.bias")
+            weight = tensors[f"{name}.weight"].float32()
+            _kernels.pack(config, kinds, packed, name, weight, None if bias is None else bias.float32(), threads)
+        else:
+            tensor = tensors.get(name) or tensors.get(f"{name}.weight")
+            values = np.zeros(num_rows * width, np.float32) if tensor is None else tensor.float32()
+            _kernels.pack(config, kinds, packed, name, values, None, threads)
+
+
+def _native_config(config: GPTConfig) -> _kernels.Config:
+    native = _kernels.Config()
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "num_tokens", "n_inner", "bias", "tied"):
+        setattr(native, name, getattr(config, name))
+    native.erf = config.activation == "gelu_erf"
+    native.eps = config.layer_norm_eps
+    return native
