@@ -36,6 +36,11 @@ _EXPONENTS: Final[dict[str, tuple[str, int, int]]] = {
 }
 
 
+def is_conv1d(name: str) -> bool:
+    """Whether Hugging Face stores this matrix as ``[in, out]``."""
+    return _CONV1D.search(name) is not None
+
+
 def rename(source: Mapping[str, LazyTensor], *, conv1d: bool, where: str) -> dict[str, LazyTensor]:
     """The same tensors under our names, without buffers. ``conv1d``: matrices are stored ``[in, out]``.
 
@@ -50,7 +55,7 @@ def rename(source: Mapping[str, LazyTensor], *, conv1d: bool, where: str) -> dic
             continue
         if ours in renamed:
             raise UnsupportedCheckpoint(f"{where} holds {ours} twice, once as {name}.")
-        renamed[ours] = tensor.transposed() if conv1d and _CONV1D.search(ours) and len(tensor.shape) == 2 else tensor
+        renamed[ours] = tensor.transposed() if conv1d and is_conv1d(ours) else tensor
     return renamed
 
 

@@ -19,7 +19,7 @@ from nanogpt.checkpoint.source import Sizes, Source
 from nanogpt.checkpoint.stored_zip import is_zip
 from nanogpt.checkpoint.torch_file import TorchArchive
 from nanogpt.checkpoint.types import Checkpoint
-from nanogpt.errors import CorruptCheckpoint, UnsupportedCheckpoint
+from nanogpt.errors import CorruptCheckpoint, TokenizerError, UnsupportedCheckpoint
 from nanogpt.model.config import Activation, GPTConfig
 
 # First bytes of what people name by mistake: what it is, and what to do.
@@ -87,7 +87,6 @@ def _llmc(file: MappedFile) -> Source:
         sizes=Sizes(header.n_layer, header.n_head, header.n_embd, header.block_size, header.vocab_size),
         bias=True,
         activation="gelu_tanh",
-        num_tokens=header.vocab_size,
         notes=("GELU: tanh, as llm.c computes it.",),
     )
 
@@ -102,14 +101,19 @@ def _assemble(source: Source, path: Path, setting: str) -> Checkpoint:
             remedy="Set tie_word_embeddings to false if the head was trained by itself.",
         )
     tokenizer, notes = for_family(source.family, path, source.sizes.vocab_size, source.dataset, setting)
-    num_tokens = min(tokenizer.num_tokens, source.sizes.vocab_size) if source.num_tokens else tokenizer.num_tokens
+    if tokenizer.name == "characters" and tokenizer.num_tokens != source.sizes.vocab_size:
+        raise TokenizerError(
+            f"{path} has {source.sizes.vocab_size:,} entries in its vocabulary, and the tokenizer knows"
+            f" {tokenizer.num_tokens:,} characters: they do not belong together.",
+            remedy="Set NANOGPT_TOKENIZER to gpt2 or to the right meta.pkl.",
+        )
     config = GPTConfig(
         n_layer=source.sizes.n_layer,
         n_head=source.sizes.n_head,
         n_embd=source.sizes.n_embd,
         block_size=source.sizes.block_size,
         vocab_size=source.sizes.vocab_size,
-        num_tokens=num_tokens,
+        num_tokens=tokenizer.num_tokens,
         bias=source.bias,
         activation=source.activation,
         tied=tied,

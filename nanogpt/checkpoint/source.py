@@ -22,10 +22,7 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """``tensors`` have our names and layout. ``tied`` None: not declared, the tensors say. ``dataset`` is nanoGPT's.
-
-    ``num_tokens`` 0: not declared, the tokenizer says.
-    """
+    """``tensors`` have our names and layout. ``tied`` None: not declared, the tensors say. ``dataset`` is nanoGPT's."""
 
     family: Family
     tensors: Mapping[str, LazyTensor]
@@ -35,7 +32,6 @@ class Source:
     n_inner: int = 0
     layer_norm_eps: float = 1e-5
     tied: bool | None = None
-    num_tokens: int = 0
     step: int | None = None
     recorded_loss: float | None = None
     chat_template: str | None = None

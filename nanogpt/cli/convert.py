@@ -1,0 +1,42 @@
+"""``nanogpt convert``: a checkpoint as a folder that another project reads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "write a checkpoint as a Hugging Face, nanoGPT or llm.c folder"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="FILE", help="a checkpoint of any family, or its folder")
+    parser.add_argument("folder", metavar="DIR", help="the folder to write; it appears whole or not at all")
+    parser.add_argument(
+        "--to",
+        choices=("huggingface", "nanogpt", "llmc"),
+        default="huggingface",
+        help="huggingface: config.json, model.safetensors and tokenizer (default); nanogpt: ckpt.pt;"
+        " llmc: model.bin, version 3, and its tokenizer file",
+    )
+    parser.add_argument("--tokenizer", default="", help="gpt2, or a path to the tokenizer (default: detected)")
+    parser.add_argument("--force", action="store_true", help="replace what an earlier conversion wrote there")
+    parser.add_argument(
+        "--change-gelu",
+        action="store_true",
+        help="write the model although the other project computes the other GELU: its outputs change a little",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from nanogpt.checkpoint import load_checkpoint
+    from nanogpt.checkpoint.convert import convert
+
+    checkpoint = load_checkpoint(args.checkpoint, tokenizer=args.tokenizer)
+    folder = Path(args.folder)
+    notes = convert(checkpoint, folder, args.to, force=args.force, change_gelu=args.change_gelu)
+    print(f"{checkpoint.path} ({checkpoint.family}) → {folder}")
+    for file in sorted(folder.iterdir()):
+        print(f"  {file.name:<24}{file.stat().st_size:>14,} bytes")
+    for note in (*checkpoint.notes, *notes):
+        print(f"  {note}")
+    return 0
