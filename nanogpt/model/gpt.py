@@ -8,8 +8,8 @@ This file computes whole texts; K and V are kept between steps in ``nanogpt.runn
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -109,10 +109,14 @@ class Transformer(nn.Module):
         self.ln_f = LayerNorm(config)
         self.dropout = dropout
 
+    @property
+    def blocks(self) -> Iterator[Block]:
+        return cast("Iterator[Block]", iter(self.h))
+
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(idx.shape[-1], device=idx.device)
         x: torch.Tensor = F.dropout(self.wte(idx) + self.wpe(positions), self.dropout, self.training)
-        for block in self.h:
+        for block in self.blocks:
             x = block(x)
         x = self.ln_f(x)
         return x

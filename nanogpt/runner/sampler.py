@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,15 +23,15 @@ import numpy.typing as npt
 from nanogpt.errors import NanoGPTError
 from nanogpt.runner.base import Batch, Float32, SamplingState, StepOutput
 from nanogpt.runner.philox import uniforms
-from nanogpt.sampling_params import SamplingParams, TokenLogprobs
+from nanogpt.sampling_params import TokenLogprobs
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 _FEW = (512, 8192)
 """Nucleus: how many of the most probable ids are looked at before all of them are sorted."""
-_LARGEST_LOGIT = 1e30
-"""A bias cannot push a logit to infinity, where differences vanish."""
+_LARGEST_BIAS = 1e30
+"""A bias bans or forces an id, but pushes no logit to infinity."""
 
 
 @dataclass(slots=True)
@@ -79,14 +80,15 @@ def collect(batch: Batch, rows: Sequence[Row], drawn: Sequence[int]) -> tuple[li
 
 
 def step_output(
-    batch: Batch, rows: Sequence[Row], drawn: Sequence[int], logits: Float32, num_tokens: int
+    batch: Batch, rows: Sequence[Row], drawn: Sequence[int], logits: Float32 | None, num_tokens: int
 ) -> StepOutput:
-    """The step's answer, with log probabilities where they were asked for. ``logits`` runs alongside ``rows``."""
+    """The step's answer. ``logits`` runs alongside ``rows``; it may be None when no row asks for log probabilities."""
     token_ids, kept = collect(batch, rows, drawn)
     output = StepOutput(token_ids)
     for i in kept:
         num_top = rows[i].state.params.logprobs
         if num_top is not None:
+            assert logits is not None
             entry = token_logprobs(logits[i : i + 1], [drawn[i]], num_top, num_tokens)
             output.logprobs.setdefault(rows[i].sequence, []).extend(entry)
     return output
@@ -165,38 +167,47 @@ def largest(values: npt.NDArray[np.floating], k: int) -> Int64:
     return np.sort(ids[chosen].reshape(num_rows, k), axis=1)
 
 
-def adjust(row: Float32, params: SamplingParams, state: SamplingState, drafts: list[int]) -> None:
-    """Apply bias and penalties to one row in place. Only the ids concerned are touched."""
+class Adjustment(NamedTuple):
+    """What bias and penalties do to one row: ``x + bias``, over or times ``factor`` by its sign, minus ``penalty``."""
+
+    ids: Int64
+    bias: Float64
+    factor: Float64
+    penalty: Float64
+
+
+def adjustment(row: Row) -> Adjustment | None:
+    """The bias and penalties of one row, or None when there are none. Shapes: ``[n]`` each, for n distinct ids."""
+    params = row.state.params
+    penalize = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+    repetition = params.repetition_penalty != 1.0
+    if not (params.logit_bias or penalize or repetition):
+        return None
+    biased = np.array(list(params.logit_bias or ()), np.int64)
+    prompt = np.asarray(row.state.prompt_token_ids if repetition else (), np.int64)
+    output = np.array(row.state.output_token_ids + row.drafts, np.int64)
+    ids, place = np.unique(np.concatenate([biased, prompt, output]), return_inverse=True)
+    bias, factor, penalty = np.zeros(len(ids)), np.ones(len(ids)), np.zeros(len(ids))
     if params.logit_bias:
-        ids = np.fromiter(params.logit_bias.keys(), np.int64)
-        values = np.fromiter(params.logit_bias.values(), np.float64)
-        row[ids] = np.clip(row[ids] + values, -_LARGEST_LOGIT, _LARGEST_LOGIT)
-    output = np.array(state.output_token_ids + drafts, np.int64)
-    if params.repetition_penalty != 1.0:
-        seen = np.union1d(np.asarray(state.prompt_token_ids, np.int64), output)
-        x = row[seen].astype(np.float64)
-        row[seen] = np.where(x > 0, x / params.repetition_penalty, x * params.repetition_penalty)
-    if len(output) and (params.presence_penalty or params.frequency_penalty):
-        seen, counts = np.unique(output, return_counts=True)
-        row[seen] -= params.presence_penalty + params.frequency_penalty * counts
-
-
-def changes_logits(params: SamplingParams) -> bool:
-    """Whether ``adjust`` has anything to do."""
-    return bool(
-        params.logit_bias or params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
-    )
+        bias[place[: len(biased)]] = np.clip(list(params.logit_bias.values()), -_LARGEST_BIAS, _LARGEST_BIAS)
+    if repetition:
+        factor[place[len(biased) :]] = params.repetition_penalty
+    if penalize:
+        counts = np.bincount(place[len(biased) + len(prompt) :], minlength=len(ids))
+        penalty = params.presence_penalty * (counts > 0) + params.frequency_penalty * counts
+    return Adjustment(ids, bias, factor, penalty)
 
 
 def _adjusted(logits: Float32, rows: Sequence[Row], group: list[int]) -> Float32:
     """The group's rows with bias and penalties. A copy wherever something changes: logprobs want the model's own."""
     adjusted = logits if len(group) == len(logits) else logits[group]
     for at, i in enumerate(group):
-        row = rows[i]
-        if changes_logits(row.state.params):
+        change = adjustment(rows[i])
+        if change is not None:
             if adjusted is logits:
                 adjusted = logits.copy()
-            adjust(adjusted[at], row.state.params, row.state, row.drafts)
+            x = adjusted[at, change.ids] + change.bias
+            adjusted[at, change.ids] = np.where(x > 0, x / change.factor, x * change.factor) - change.penalty
     return adjusted
 
 

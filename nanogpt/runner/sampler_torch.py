@@ -1,0 +1,85 @@
+"""The sampler on a CUDA device: the steps of ``nanogpt.runner.sampler``, the reference, in PyTorch.
+
+Shapes do not depend on the data, so nothing waits for the device: the caller transfers the drawn ids, once a step.
+Random numbers and penalties are prepared on the host, from what the host knows anyway. It exists beside the reference
+because rows of 50,000 logits should not leave the device, and because a CPU must be served without PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from nanogpt.runner.philox import uniforms
+from nanogpt.runner.sampler import Row, adjustment
+
+
+def sample(logits: torch.Tensor, rows: Sequence[Row], num_tokens: int) -> torch.Tensor:
+    """One token id for each row, on the device; -1 where the logits are not finite. Shapes: ``[R, V]`` → ``[R]``."""
+    logits = _adjusted(logits[:, :num_tokens], rows)
+    highest, best = logits.max(dim=1)
+    params = [row.state.params for row in rows]
+    if not all(p.greedy for p in params):
+        table = np.stack(
+            [
+                [1.0 if p.greedy else p.temperature for p in params],
+                [min(p.top_k or num_tokens, num_tokens) for p in params],
+                [p.top_p for p in params],
+                [p.min_p for p in params],
+                [p.greedy for p in params],
+                uniforms([row.state.seed for row in rows], [row.output_index for row in rows]),
+            ]
+        )
+        # [R, 1] each, in one upload.
+        temperature, top_k, top_p, min_p, greedy, random = torch.from_numpy(table).to(logits.device)[:, :, None]
+        weights = ((logits.double() - highest.double()[:, None]) / temperature).exp()
+        limited = [p.top_k for p in params if 0 < p.top_k < num_tokens and not p.greedy]
+        if limited:
+            weights = weights * _among_largest(logits, top_k.long(), max(limited))
+        if any(p.top_p < 1.0 for p in params):
+            weights = weights * (_in_nucleus(weights, top_p) | (top_p >= 1.0))
+        if any(p.min_p > 0.0 for p in params):
+            weights = weights * (weights >= min_p)
+        cumulative = weights.cumsum(dim=1)
+        drawn = torch.searchsorted(cumulative, random * cumulative[:, -1:], right=True)
+        best = torch.where(greedy[:, 0] > 0, best, drawn[:, 0])
+    return torch.where(highest.isfinite(), best, -1)
+
+
+def _adjusted(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    changes = [(i, change) for i, row in enumerate(rows) if (change := adjustment(row)) is not None]
+    if not changes:
+        return logits
+    places = np.stack(
+        [
+            np.concatenate([np.full(len(change.ids), i) for i, change in changes]),
+            np.concatenate([change.ids for _, change in changes]),
+        ]
+    )
+    values = np.stack([np.concatenate(column) for column in zip(*(change[1:] for _, change in changes), strict=True)])
+    row_of, ids = torch.from_numpy(places).to(logits.device)
+    bias, factor, penalty = torch.from_numpy(values).to(logits.device)
+    x = logits[row_of, ids].double() + bias
+    x = torch.where(x > 0, x / factor, x * factor) - penalty
+    return logits.index_put((row_of, ids), x.to(logits.dtype))
+
+
+def _among_largest(logits: torch.Tensor, k: torch.Tensor, largest_k: int) -> torch.Tensor:
+    """Which ids are among the k largest of their row: exactly k, ties to the lower id. A larger k means all."""
+    limited = k <= largest_k
+    kth = logits.topk(largest_k, dim=1).values.gather(1, k.clamp(max=largest_k) - 1)
+    above = logits > kth
+    equal = logits == kth
+    room = k - above.sum(dim=1, keepdim=True)
+    return above | (equal & (equal.cumsum(dim=1) <= room)) | ~limited
+
+
+def _in_nucleus(weights: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """The smallest set of the most probable ids whose share of the weight reaches ``top_p``, at least one."""
+    best_first, ids = weights.sort(dim=1, descending=True, stable=True)
+    cumulative = best_first.cumsum(dim=1)
+    keep = torch.ones_like(ids, dtype=torch.bool)
+    keep[:, 1:] = cumulative[:, :-1] < top_p * cumulative[:, -1:]
+    return torch.zeros_like(keep).scatter(1, ids, keep)
