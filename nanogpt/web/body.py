@@ -5,7 +5,6 @@ Every refusal is a 4xx that says what to send instead. Knows nothing of the obje
 
 from __future__ import annotations
 
-import codecs
 import encodings.aliases
 import json
 from typing import Any
@@ -88,8 +87,8 @@ def decode_text(body: bytes, charset: str | None) -> str:
                 f"The charset {charset[:40]!r} is not known.", remedy="Send UTF-8: Content-Type: application/json."
             )
     try:
-        return codecs.decode(body, codec).removeprefix("\ufeff")
-    except LookupError:  # a codec that is known but makes no text of bytes, such as zlib
+        return body.decode(codec).removeprefix("\ufeff")
+    except LookupError:  # a codec that makes no text of bytes, such as zlib
         raise UnsupportedMediaType(f"The charset {str(charset)[:40]!r} is not one of text.") from None
     except ValueError as error:  # UnicodeError is one
         where = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""

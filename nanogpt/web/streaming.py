@@ -39,7 +39,7 @@ class EventStream:
             self.close()
             raise
         self._events = self._make_events(chain(first, pieces))
-        response = Response(self, mimetype="text/event-stream", direct_passthrough=True)
+        response = Response(self, mimetype="text/event-stream")
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"
         return response
