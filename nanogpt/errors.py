@@ -168,6 +168,12 @@ class EngineDraining(ServiceUnavailable):
     code = "draining"
 
 
+class EngineUnhealthy(ServiceUnavailable):
+    """The engine does not come up; the message says why. It is tried again with growing pauses."""
+
+    code = "unhealthy"
+
+
 class EngineDied(ServiceUnavailable):
     """The engine process ended while the request was in it; it is being started again."""
 

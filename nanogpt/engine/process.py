@@ -1,0 +1,164 @@
+"""The engine process: ``python -m nanogpt.engine.process``, started by the supervisor and by nobody else.
+
+It reads one line of JSON from its standard input (settings, path of its socket, number of the status pipe), loads the
+checkpoint, listens, and says on the status pipe how far it is: one JSON object a line with ``state`` (``loading``,
+``ready``, ``failed``) and ``reason``. Its standard input stays open for as long as the supervisor lives; when that
+ends, however it ends, so does this process, at once. SIGTERM drains.
+
+Exit codes: 0 drained, 1 the runner was lost or something unforeseen happened, 2 the checkpoint or a setting is wrong.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nanogpt import logs
+from nanogpt.engine.core import Engine
+from nanogpt.engine.server import EngineServer
+from nanogpt.errors import NanoGPTError
+from nanogpt.runner.base import Runner
+from nanogpt.settings import Settings
+
+logger = logging.getLogger("nanogpt.engine")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the engine process serves: a runner, and what HTTP workers have to know of the checkpoint."""
+
+    runner: Runner
+    name: str
+    card: dict[str, Any]
+    tokenizer_spec: dict[str, Any]
+    eos_token_id: int | None
+
+
+def load_model(settings: Settings) -> Model:
+    """The settings' checkpoint on the settings' device. Raises: NanoGPTError."""
+    from nanogpt.checkpoint import card, load_checkpoint
+    from nanogpt.runner import create_runner
+
+    checkpoint = load_checkpoint(settings.model_checkpoint, tokenizer=settings.tokenizer)
+    logger.info("Checkpoint %s: %s parameters.", checkpoint.path, f"{checkpoint.config.num_parameters():,}")
+    runner = create_runner(
+        checkpoint,
+        device=settings.device,
+        precision=settings.precision,
+        runner=settings.runner,
+        num_slots=num_slots(settings),
+        threads=settings.threads,
+    )
+    return Model(
+        runner=runner,
+        name=checkpoint.name,
+        card=card(checkpoint),
+        tokenizer_spec=checkpoint.tokenizer.to_spec(),
+        eos_token_id=checkpoint.tokenizer.eos_token_id,
+    )
+
+
+def num_slots(settings: Settings) -> int:
+    """A slot for each running sequence, and a quarter more that stay prefixes when all places are taken."""
+    extra = max(1, settings.max_batch_size // 4) if settings.prefix_cache else 0
+    return settings.max_batch_size + extra
+
+
+def main(load: Callable[[Settings], Model] = load_model) -> int:
+    """The life of an engine process. Returns the exit code."""
+    started = json.loads(sys.stdin.buffer.readline())
+    status = StatusPipe(started["status_fd"])
+    threading.Thread(target=_end_with_supervisor, name="end-with-supervisor", daemon=True).start()
+    settings = Settings(**started["settings"])
+    logs.configure(settings.log_format, settings.log_level)
+    # SIGTERM while loading: there is nothing to drain.
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    try:
+        status.say("loading", f"Loading {settings.model_checkpoint or 'the embedded model'}.")
+        since = time.monotonic()
+        model = load(settings)
+        serve(settings, model, started["socket"], status, since)
+    except NanoGPTError as error:
+        status.say("failed", str(error))
+        return 2 if error.exit_code == 2 else 1
+    except MemoryError:
+        status.say("failed", "There is not enough memory for this checkpoint with these settings.")
+        return 2
+    except Exception as error:
+        logger.exception("The engine cannot go on.")
+        status.say("failed", f"{type(error).__name__}: {error}")
+        return 1
+    return 0
+
+
+def serve(settings: Settings, model: Model, path: str, status: StatusPipe, since: float) -> None:
+    """Listen at ``path`` and serve the model until SIGTERM."""
+    runner = model.runner
+    engine = Engine(
+        runner,
+        max_batch_size=settings.max_batch_size,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_queue=settings.max_queue,
+        prefix_cache=settings.prefix_cache,
+        context_overflow=settings.context_overflow,
+        eos_token_id=model.eos_token_id,
+    )
+    hello = {
+        "model": model.name,
+        "device": runner.device,
+        "precision": runner.precision,
+        "runner": runner.name,
+        "block_size": runner.config.block_size,
+        "card": model.card,
+        "tokenizer": model.tokenizer_spec,
+    }
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(path)
+        listener.listen(128)
+        server = EngineServer(engine, listener, hello=hello, drain_timeout_s=settings.drain_timeout_s)
+        server.install_signal_handlers()
+        # What was loaded stays: the collector need not walk it again in the middle of a step.
+        gc.collect()
+        gc.freeze()
+        where = f"{runner.device}, {runner.name}, {runner.precision}"
+        logger.info("Ready: %s on %s after %.1f s.", model.name, where, time.monotonic() - since)
+        status.say("ready", "")
+        server.run()
+    runner.close()
+    logger.info("Drained: %s ends.", model.name)
+
+
+class StatusPipe:
+    """Tells the supervisor how far this process is."""
+
+    def __init__(self, fd: int) -> None:
+        os.set_inheritable(fd, False)
+        self._file = os.fdopen(fd, "w", encoding="utf-8")
+
+    def say(self, state: str, reason: str) -> None:
+        try:
+            self._file.write(json.dumps({"state": state, "reason": reason}) + "\n")
+            self._file.flush()
+        except BrokenPipeError:
+            os._exit(1)  # there is no supervisor any more
+
+
+def _end_with_supervisor() -> None:
+    """Wait for the end of standard input: the supervisor is gone, and with it everybody who could use this process."""
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
