@@ -6,10 +6,9 @@ line in ``routes``. Making the app starts nothing: the engine is asked for when 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from flask import Flask, Response, g, request
 
+from nanogpt.engine.client import EngineClient
 from nanogpt.errors import SettingsError
 from nanogpt.settings import Settings
 from nanogpt.web import process
@@ -18,9 +17,6 @@ from nanogpt.web.engine import EngineHandle
 from nanogpt.web.errors import register_error_handlers
 from nanogpt.web.request_log import RequestLog, request_id
 from nanogpt.web.routes import make_routes
-
-if TYPE_CHECKING:
-    from nanogpt.engine.client import EngineClient
 
 
 def create_app(settings: Settings | None = None, *, client: EngineClient | None = None) -> Flask:
@@ -50,7 +46,8 @@ def create_app(settings: Settings | None = None, *, client: EngineClient | None 
         return response
 
     register_error_handlers(app)
-    app.register_blueprint(make_routes(settings, EngineHandle(settings, client)))
+    app.extensions["nanogpt"] = engine = EngineHandle(settings, client)
+    app.register_blueprint(make_routes(settings, engine))
     return app
 
 

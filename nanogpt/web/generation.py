@@ -9,21 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from nanogpt.engine.client import Generation
 from nanogpt.engine.messages import TIMEOUT, Finished, Tokens
 from nanogpt.errors import EngineDied, EngineDraining, NanoGPTError, RequestTimeout
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.text import TextStream
 from nanogpt.web import process
 
-if TYPE_CHECKING:
-    from nanogpt.engine.client import Generation
-
 # How long a wait for the engine may keep a thread from noticing that the client left or that the worker quits.
 _LOOK_UP_S = 0.25
-# The engine ends a request at its deadline; past this much more, nobody is there who would.
-_DEADLINE_GRACE_S = 5.0
 
 
 class ClientGone(NanoGPTError):
@@ -67,7 +62,6 @@ class TextGeneration:
         *,
         num_prompt_tokens: int,
         started: float,
-        timeout_s: float,
         client_gone: Callable[[], bool],
         silence_s: float,
         on_close: Callable[[], None],
@@ -76,7 +70,6 @@ class TextGeneration:
         self._text = TextStream(tokenizer, stop)
         self._num_prompt_tokens = num_prompt_tokens
         self._started = started
-        self._deadline = time.monotonic() + timeout_s + _DEADLINE_GRACE_S
         self._client_gone = client_gone
         self._silence_s = silence_s
         self._on_close = on_close
@@ -106,9 +99,10 @@ class TextGeneration:
             event = self._generation.get(min(_LOOK_UP_S, self._silence_s))
             if self._client_gone():
                 raise ClientGone("The client closed the connection.")
+            if process.stop_at is not None and time.monotonic() >= process.stop_at and not isinstance(event, Finished):
+                raise EngineDraining("The server is stopping.", remedy="Send the request again.")
             if event is None:
                 now = time.monotonic()
-                self._check_wait(now)
                 if now - last_sent >= self._silence_s:
                     last_sent = now
                     yield None
@@ -140,12 +134,6 @@ class TextGeneration:
         if not self._ended:
             self._generation.abort()
         self._on_close()
-
-    def _check_wait(self, now: float) -> None:
-        if process.stop_at is not None and now >= process.stop_at:
-            raise EngineDraining("The server is stopping.")
-        if now > self._deadline:
-            raise RequestTimeout("The request did not finish in time.", remedy="Ask for fewer tokens.")
 
     def _check_end(self, finished: Finished) -> None:
         if finished.reason == "error":

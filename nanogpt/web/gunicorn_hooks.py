@@ -22,20 +22,27 @@ import socket
 import sys
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker
 
+from nanogpt.engine.client import EngineClient, EngineStatus
+from nanogpt.engine.launch import Handle, start_supervisor
 from nanogpt.errors import NanoGPTError
 from nanogpt.settings import Settings
 from nanogpt.web import process
 from nanogpt.web.app import check_settings
+from nanogpt.web.greeting import greeting
 
 log = logging.getLogger(__name__)
 
 # Threads beside those that hold generations: for /health, for refusals, for bodies that are still arriving.
 SPARE_THREADS = 16
+# How long the start waits for the model. One that takes longer loads while /health says so.
+_WAIT_FOR_ENGINE_S = 10.0
+# How long a worker waits for the engine's first words, which in an engine that is up come at once.
+_CONNECT_S = 1.0
 # The drain's own deadline comes first, so that the last streams still get their error event before gunicorn kills.
 _KILL_AFTER_DRAIN_S = 2
 # Read again on SIGHUP; whatever else changed needs a new engine, and so a restart.
@@ -47,6 +54,10 @@ _RELOADABLE = frozenset(
 # How often the arbiter was told to reload. Shared with the workers: one that is being replaced thereby knows that the
 # server as a whole is not going down.
 _num_reloads = mmap.mmap(-1, 1)
+
+# In the arbiter: the engine's supervisor, and how the engine was when the server started.
+_supervisor: Handle | None = None
+_status = EngineStatus()
 
 
 def load_settings(settings: Settings | None = None) -> Settings:
@@ -60,8 +71,7 @@ def load_settings(settings: Settings | None = None) -> Settings:
         check_settings(settings)
     except NanoGPTError as error:
         if former is None:
-            print(f"Error: {error}", file=sys.stderr)
-            sys.exit(error.exit_code)
+            _fail(str(error), error.exit_code)
         log.error("The former settings stay: %s", error)
         return former
     if former is not None:
@@ -94,6 +104,8 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "on_reload": on_reload,
         "post_worker_init": post_worker_init,
         "worker_int": worker_int,
+        "worker_exit": worker_exit,
+        "on_exit": on_exit,
     }
     if settings.http_workers > 1 or "WEB_CONCURRENCY" not in os.environ:
         values["workers"] = settings.http_workers
@@ -104,26 +116,56 @@ def configuration(settings: Settings) -> dict[str, Any]:
 
 
 def on_starting(arbiter: Arbiter) -> None:
+    """Start the engine, before anything listens: what can never work is said here, in one line, and ends the start."""
+    global _supervisor
     settings = process.settings or load_settings()
     _check_addresses(arbiter)
-    from nanogpt.engine.launch import start_supervisor
-
     try:
-        start_supervisor(settings, os.getpid())
+        _supervisor = start_supervisor(settings, os.getpid())
+        status = _wait_for_engine(settings)
     except NanoGPTError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if status.state == "unhealthy":
+        _supervisor.stop(timeout_s=5.0)
+        _fail(status.reason, 2)
 
 
 def when_ready(arbiter: Arbiter) -> None:
-    if process.settings and not process.settings.api_key:
-        beyond = [address for address in arbiter.cfg.address if not _is_loopback(address)]
-        if beyond:
-            log.warning("Everybody who reaches %s may use this server: API_KEY is not set.", _show(beyond[0]))
+    settings = process.settings or Settings()
+    addresses = [listener.getsockname() for listener in arbiter.LISTENERS]
+    for line in greeting(settings, _status, [_url(address) for address in addresses]):
+        log.info("%s", line)
+    beyond = [_url(address) for address in addresses if not _is_loopback(address)]
+    if beyond and not settings.api_key:
+        log.warning("Everybody who reaches %s may use this server: API_KEY is not set.", ", ".join(beyond))
 
 
 def on_reload(arbiter: Arbiter) -> None:
     _num_reloads[0] = (_num_reloads[0] + 1) % 256
+
+
+def on_exit(arbiter: Arbiter) -> None:
+    """The workers are gone, and with them everybody who needs the engine."""
+    if _supervisor is not None:
+        _supervisor.stop(timeout_s=5.0)
+
+
+def _wait_for_engine(settings: Settings) -> EngineStatus:
+    """How the engine is once it has loaded the model or failed to; after some seconds the server starts regardless."""
+    global _status
+    client = EngineClient(settings)
+    try:
+        _status = client.wait_ready(_WAIT_FOR_ENGINE_S)
+    finally:
+        client.close()  # its thread must not be there when the arbiter forks
+    return _status
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    print(f"Error: {message}", file=sys.stderr)
+    sys.exit(exit_code)
 
 
 def _check_addresses(arbiter: Arbiter) -> None:
@@ -141,8 +183,7 @@ def _check_addresses(arbiter: Arbiter) -> None:
                 probe.bind(resolved)
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-            print(f"Error: cannot listen on {_show(address)}: {reason}. Set HOST and PORT.", file=sys.stderr)
-            sys.exit(1)
+            _fail(f"Cannot listen at {_url(address)}: {reason}. Choose another with HOST and PORT.", 1)
 
 
 def _is_loopback(address: Any) -> bool:
@@ -154,15 +195,18 @@ def _is_loopback(address: Any) -> bool:
         return bool(address[0] == "localhost")
 
 
-def _show(address: tuple[str, int]) -> str:
-    return f"{address[0]}:{address[1]}"
+def _url(address: Any) -> str:
+    if not isinstance(address, tuple):
+        return f"unix:{address}"
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return f"http://{host}:{address[1]}"
 
 
 # -- in a worker ----------------------------------------------------------------------------------------------
 
 
 def post_worker_init(worker: Worker) -> None:
-    """Tell the app when this worker is on its way out."""
+    """Connect to the engine before the first request, and tell the app when this worker is on its way out."""
     settings = process.settings or Settings()
     born = _num_reloads[0]
 
@@ -172,8 +216,15 @@ def post_worker_init(worker: Worker) -> None:
 
     signal.signal(signal.SIGTERM, on_term)
     signal.siginterrupt(signal.SIGTERM, False)
+    worker.wsgi.extensions["nanogpt"].client.wait_ready(_CONNECT_S)
     process.is_draining = lambda: process.stop_at is not None and _num_reloads[0] == born
 
 
 def worker_int(worker: Worker) -> None:
+    """Ctrl-C or SIGQUIT."""
+    process.stop_at = time.monotonic()
+
+
+def worker_exit(arbiter: Arbiter, worker: Worker) -> None:
+    """Threads that still hold a text end it now: Python joins them before the process can end."""
     process.stop_at = time.monotonic()

@@ -67,7 +67,6 @@ def make_routes(settings: Settings, engine: EngineHandle) -> Blueprint:
             params.stop,
             num_prompt_tokens=len(prompt_token_ids),
             started=record.started,
-            timeout_s=settings.request_timeout_s,
             client_gone=make_client_gone(request.environ),
             silence_s=settings.stream_ping_s,
             on_close=places.release,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
 from web_support import EchoClient, make_app
 
+from nanogpt.engine.messages import EngineState
 from nanogpt.errors import EngineDied, EngineLoading, QueueFull
 
 
@@ -172,8 +174,8 @@ def test_a_refusal_by_the_engine_can_be_retried(engine: EchoClient, error: Excep
 
 
 @pytest.mark.parametrize("state", ["loading", "draining", "unhealthy"])
-def test_without_a_ready_engine_the_answer_is_503(engine: EchoClient, state: str) -> None:
-    engine.status.state = state
+def test_without_a_ready_engine_the_answer_is_503(engine: EchoClient, state: EngineState) -> None:
+    engine.status = replace(engine.status, state=state)
     answer = make_app(engine).test_client().post("/generate", json={"prompt": "a"})
     assert answer.status_code == 503
     assert int(answer.headers["Retry-After"]) >= 1

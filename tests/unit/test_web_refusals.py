@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from flask.testing import FlaskClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from web_support import ALPHABET, EchoClient, make_app
+
+from nanogpt.engine.messages import EngineState
 
 JSON = {"Content-Type": "application/json"}
 
@@ -259,9 +262,9 @@ def test_health_is_the_guides() -> None:
 
 
 @pytest.mark.parametrize("state", ["loading", "draining", "unhealthy"])
-def test_health_and_ready_say_what_is_wrong(state: str) -> None:
+def test_health_and_ready_say_what_is_wrong(state: EngineState) -> None:
     engine = EchoClient()
-    engine.status.state, engine.status.reason = state, "because"
+    engine.status = replace(engine.status, state=state, reason="because")
     http = make_app(engine).test_client()
     answer = http.get("/health")
     assert answer.status_code == 503

@@ -7,26 +7,17 @@ from __future__ import annotations
 
 import queue
 import threading
-from dataclasses import dataclass, field
 from typing import Any
 
 from flask import Flask
 
+from nanogpt.engine.client import EngineStatus
 from nanogpt.engine.messages import Finished, GenerateRequest, Timings, Tokens
 from nanogpt.settings import Settings
 from nanogpt.tokenizer import characters
 from nanogpt.web import create_app
 
 ALPHABET = "\n !?.,:0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZé你好世界😀"
-
-
-@dataclass
-class Status:
-    state: str = "ready"
-    device: str = "cpu"
-    reason: str = ""
-    card: dict[str, Any] = field(default_factory=lambda: {"name": "echo", "block_size": 1024})
-    tokenizer: dict[str, Any] = field(default_factory=lambda: characters(list(ALPHABET)).to_spec())
 
 
 class EchoGeneration:
@@ -61,16 +52,18 @@ class EchoClient:
     """Stands for the EngineClient. ``refuse`` is raised by submit; ``hold`` and ``error`` see EchoGeneration."""
 
     def __init__(self) -> None:
-        self.status = Status()
+        self.status = EngineStatus(
+            state="ready", model="echo", device="cpu", block_size=1024, tokenizer=characters(list(ALPHABET)).to_spec()
+        )
         self.refuse: Exception | None = None
         self.hold = False
         self.error: str | None = None
         self.generations: list[EchoGeneration] = []
 
-    def state(self) -> Status:
+    def state(self) -> EngineStatus:
         return self.status
 
-    def wait_ready(self, timeout_s: float) -> Status:
+    def wait_ready(self, timeout_s: float | None = None) -> EngineStatus:
         return self.status
 
     def submit(self, request: GenerateRequest) -> EchoGeneration:

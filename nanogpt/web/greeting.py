@@ -1,0 +1,36 @@
+"""What the server says of itself when it is up: what it serves, where, to whom, and a line to try."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nanogpt.engine.client import EngineStatus
+from nanogpt.settings import Settings
+
+
+def greeting(settings: Settings, status: EngineStatus, urls: list[str]) -> Iterator[str]:
+    """A few lines for the log."""
+    url = urls[0]
+    if status.card is None:
+        yield f"Loading {settings.model_checkpoint or 'the embedded model'}; {url}/ready says when it is served."
+    else:
+        card = status.card
+        what = f"{card['family']}, {_count(card['parameters'])} parameters, context {card['block_size']}"
+        how = f"{status.device}, {status.runner} runner, {status.precision}"
+        yield f"Serving {status.model} ({what}, tokenizer {card['tokenizer']}) on {how}."
+    to_whom = (
+        "to those who have the API key" if settings.api_key else "to everybody who reaches it (API_KEY is not set)"
+    )
+    yield f"Open at {' and '.join(urls)} {to_whom}."
+    if url.startswith("http"):
+        key = " -H 'X-API-Key: …'" if settings.api_key else ""
+        body = '{"prompt": "Once upon a time", "max_length": 100}'
+        yield f"Try: curl {url}/generate -H 'Content-Type: application/json'{key} -d '{body}'"
+
+
+def _count(number: int) -> str:
+    """124439808 → 124.4M."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(number)
