@@ -100,7 +100,7 @@ def test_the_command_runs_from_anywhere(installed: Path, tmp_path: Path) -> None
 def test_the_embedded_model_is_inspected_and_continues_a_text(installed: Path, tmp_path: Path) -> None:
     command = str(installed / "bin" / "nanogpt")
     card = json.loads(run([command, "inspect", "--json"], tmp_path))
-    assert card["family"] == "nanogpt"
+    assert card["name"] == "default"
     answer = json.loads(
         run([command, "generate", "Once upon a time", "--max-tokens", "20", "--seed", "1", "--json"], tmp_path,
             OMP_NUM_THREADS="1")
