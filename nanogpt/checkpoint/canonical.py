@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 
 from nanogpt.checkpoint.lazy import LazyTensor
+from nanogpt.checkpoint.shown import shown
 from nanogpt.checkpoint.types import Tensor
 from nanogpt.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from nanogpt.model.config import GPTConfig
@@ -54,7 +55,7 @@ def rename(source: Mapping[str, LazyTensor], *, conv1d: bool, where: str) -> dic
         if _BUFFER.match(ours):
             continue
         if ours in renamed:
-            raise UnsupportedCheckpoint(f"{where} holds {ours} twice, once as {name}.")
+            raise UnsupportedCheckpoint(f"{where} holds {shown(ours)} twice, once as {shown(name)}.")
         renamed[ours] = tensor.transposed() if conv1d and is_conv1d(ours) else tensor
     return renamed
 
@@ -64,7 +65,7 @@ def is_tied(tensors: Mapping[str, LazyTensor]) -> bool:
     if HEAD not in tensors or WTE not in tensors:
         return True
     head, wte = tensors[HEAD], tensors[WTE]
-    if head.shape != wte.shape:
+    if head.shape != wte.shape or len(wte.shape) != 2:
         return False
     if head.span == wte.span:
         return True
@@ -85,7 +86,7 @@ def select(tensors: Mapping[str, LazyTensor], config: GPTConfig, where: str) -> 
     Raises: UnsupportedCheckpoint listing tensors that are missing or unknown; CorruptCheckpoint for shapes that do
     not fit, tensors that share memory, wrong checksums, NaN and infinity.
     """
-    if config.n_layer > len(tensors):
+    if 6 * config.n_layer > len(tensors):
         raise UnsupportedCheckpoint(
             f"{where} says that it has {config.n_layer:,} layers, and it holds only {len(tensors):,} tensors."
         )
@@ -100,7 +101,7 @@ def select(tensors: Mapping[str, LazyTensor], config: GPTConfig, where: str) -> 
             remedy="A model that was changed beyond GPT-2's architecture cannot be served.",
         )
     wrong = [
-        f"{name} is {list(tensors[name].shape)} instead of {list(shape)}"
+        f"{name} is {list(tensors[name].shape)[:8]} instead of {list(shape)}"
         for name, shape in shapes.items()
         if tensors[name].shape != shape
     ]
@@ -142,5 +143,6 @@ def _check_finite(name: str, tensor: Tensor, where: str) -> None:
 
 
 def _list(names: list[str], verb: str = " are", limit: int = 6) -> str:
-    shown = ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
-    return shown + (" is" if verb and len(names) == 1 else verb)
+    text = ", ".join(shown(name, 200) for name in names[:limit])
+    text += f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return text + (" is" if verb and len(names) == 1 else verb)

@@ -58,7 +58,7 @@ def _meta(path: Path, dataset: str | None) -> Path | None:
     """nanoGPT's meta.pkl: beside the checkpoint, or data/<dataset>/ below its folder, a parent, or the current one."""
     folder = path.resolve().parent
     places = [folder / "meta.pkl"]
-    if dataset and ".." not in Path(dataset).parts and not Path(dataset).is_absolute():
+    if dataset:
         roots = (folder, *folder.parents, Path.cwd())
         places += [root / "data" / dataset / "meta.pkl" for root in roots]
     return next((follow(place) for place in places if place.is_file()), None)

@@ -10,6 +10,7 @@ from nanogpt.checkpoint import canonical, safetensors_file, torch_families
 from nanogpt.checkpoint.lazy import LazyTensor
 from nanogpt.checkpoint.locate import Found, follow
 from nanogpt.checkpoint.mapped import MappedFile
+from nanogpt.checkpoint.shown import shown
 from nanogpt.checkpoint.source import Source, number, read_sizes, step_number
 from nanogpt.checkpoint.stored_zip import is_zip
 from nanogpt.checkpoint.torch_file import TorchArchive
@@ -51,21 +52,21 @@ def read(found: Found) -> Source:
     for key, value in _FIXED.items():
         if config.get(key, value) != value:
             raise UnsupportedCheckpoint(
-                f"{found.config}: {key} is {config[key]!r}; only {value!r} is served.",
+                f"{found.config}: {key} is {shown(config[key])}; only {value!r} is served.",
                 remedy="This is another architecture, or a variant of GPT-2 that is not computed here.",
             )
     tensors: dict[str, LazyTensor] = {}
     for file in _weight_files(found.weights):
         for name, tensor in _tensors(file).items():
             if name in tensors:
-                raise CorruptCheckpoint(f"{where} holds {name} in two of its files.")
+                raise CorruptCheckpoint(f"{where} holds {shown(name)} in two of its files.")
             tensors[name] = tensor
     torch_families.refuse_other_architecture(tensors, found.path)
     renamed = canonical.rename(tensors, conv1d=True, where=where)
     own = config.get(OURS)
     own = own if isinstance(own, dict) else {}
     bias = True
-    notes: list[str] = []
+    notes = [f"Converted from {shown(own['converted_from'])}."] if "converted_from" in own else []
     if own.get("bias") is False:
         renamed = _without_zero_biases(renamed, where)
         bias = False
@@ -117,7 +118,8 @@ def _weight_files(weights: Path) -> list[Path]:
     missing = [name for name in names if not (weights.parent / name).is_file()]
     if missing:
         raise CheckpointNotFound(
-            f"{weights.parent} lacks {', '.join(missing[:4])}, which {weights.name} names.", remedy="Copy it there."
+            f"{weights.parent} lacks {', '.join(map(shown, missing[:4]))}, which {weights.name} names.",
+            remedy="Copy it there.",
         )
     return [follow(weights.parent / name) for name in names]
 
@@ -140,7 +142,7 @@ def _activation(config: dict[str, Any], path: Path) -> Activation:
     name = config.get("activation_function", "gelu_new")
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise UnsupportedCheckpoint(
-            f"{path}: activation_function is {name!r}; it must be one of {', '.join(_ACTIVATIONS)}."
+            f"{path}: activation_function is {shown(name)}; it must be one of {', '.join(_ACTIVATIONS)}."
         )
     return _ACTIVATIONS[name]
 
@@ -148,7 +150,7 @@ def _activation(config: dict[str, Any], path: Path) -> Activation:
 def _epsilon(config: dict[str, Any], path: Path) -> float:
     value = config.get("layer_norm_epsilon", 1e-5)
     if not isinstance(value, float) or not 0 < value < 1:
-        raise UnsupportedCheckpoint(f"{path}: layer_norm_epsilon is {value!r}; it must lie between 0 and 1.")
+        raise UnsupportedCheckpoint(f"{path}: layer_norm_epsilon is {shown(value)}; it must lie between 0 and 1.")
     return value
 
 
@@ -158,7 +160,7 @@ def _without_zero_biases(tensors: dict[str, LazyTensor], where: str) -> dict[str
         if not name.endswith(".bias"):
             kept[name] = tensor
         elif tensor.open(name).raw.any():
-            raise CorruptCheckpoint(f"{where} says that it has no biases, but {name} is not zero.")
+            raise CorruptCheckpoint(f"{where} says that it has no biases, but {shown(name)} is not zero.")
     return kept
 
 

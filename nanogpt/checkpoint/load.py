@@ -19,7 +19,7 @@ from nanogpt.checkpoint.source import Sizes, Source
 from nanogpt.checkpoint.stored_zip import is_zip
 from nanogpt.checkpoint.torch_file import TorchArchive
 from nanogpt.checkpoint.types import Checkpoint
-from nanogpt.errors import CorruptCheckpoint, TokenizerError, UnsupportedCheckpoint
+from nanogpt.errors import CheckpointNotFound, CorruptCheckpoint, TokenizerError, UnsupportedCheckpoint
 from nanogpt.model.config import Activation, GPTConfig
 
 # First bytes of what people name by mistake: what it is, and what to do.
@@ -51,6 +51,8 @@ def load_checkpoint(
         return _assemble(source, found.path, tokenizer)
     except MemoryError:
         raise CorruptCheckpoint(f"{found.path} asks for more memory than there is.") from None
+    except OSError as error:  # a file beside it, or a name in it that the system does not take
+        raise CheckpointNotFound(f"Cannot read {found.path}: {error.strerror or error}.") from None
 
 
 def _read_file(path: Path) -> Source:

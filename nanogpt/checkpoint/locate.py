@@ -43,18 +43,23 @@ def locate(path: str | Path) -> Found:
 
     Raises: CheckpointNotFound, saying what is there instead.
     """
-    given = Path(path).expanduser() if str(path) else EMBEDDED
+    given = Path(path) if str(path) else EMBEDDED
     try:
+        given = given.expanduser()
         if not given.exists():
             raise CheckpointNotFound(f"There is nothing at {given}.", remedy=_near(given))
         if given.is_dir():
             return _in_folder(given)
+        if not given.is_file():
+            raise CheckpointNotFound(f"{given} is neither a file nor a folder.")
         target = follow(given)
         if target.name in _HF_WEIGHTS or target.name == "config.json" or _is_shard(target):
             return _hugging_face(target.parent) or Found(target, target)
         return Found(target, target)
     except OSError as error:
         raise CheckpointNotFound(f"Cannot read {given}: {error.strerror or error}.") from None
+    except (RuntimeError, ValueError) as error:  # ~nobody, a NUL in the path
+        raise CheckpointNotFound(f"{str(given)!r} is no path: {error}.") from None
 
 
 def follow(path: Path) -> Path:
@@ -149,6 +154,6 @@ def _near(path: Path) -> str:
         return "Give a file, or a folder such as log/."
     is_model: Callable[[Path], bool] = lambda sub: _hugging_face(sub) is not None or bool(_candidates(sub))  # noqa: E731
     here = [] if folder == path else [file.name for file in _candidates(folder)]
-    below = [f"{sub.name}/" for sub in sorted(folder.iterdir()) if sub.is_dir() and is_model(sub)]
+    below = [f"{sub.name}/" for sub in sorted(folder.iterdir())[:200] if sub.is_dir() and is_model(sub)]
     names = ", ".join((here + below)[:8])
     return f"In {folder} there is {names}." if names else "Give a file, or a folder such as log/."

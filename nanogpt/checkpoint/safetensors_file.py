@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from nanogpt.checkpoint.lazy import NUMPY_DTYPE, LazyTensor, Span
 from nanogpt.checkpoint.mapped import MappedFile
+from nanogpt.checkpoint.shown import shown
 from nanogpt.checkpoint.types import DType, Tensor
 from nanogpt.errors import CorruptCheckpoint, UnsupportedCheckpoint
 
@@ -73,24 +74,24 @@ def _tensor(file: MappedFile, name: str, entry: Any, base: int) -> LazyTensor:
     try:
         code, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise _damaged(file, f"the header does not describe {name[:80]!r}") from None
+        raise _damaged(file, f"the header does not describe {shown(name)}") from None
     sizes = (*shape, start, end)
     if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**48 for n in sizes):
-        raise _damaged(file, f"the shape or the place of {name[:80]!r} is not made of sizes")
+        raise _damaged(file, f"the shape or the place of {shown(name)} is not made of sizes")
     dtype = _FLOATS.get(code) if isinstance(code, str) else None
-    if dtype is None and code not in _OTHERS:
+    if dtype is None and not (isinstance(code, str) and code in _OTHERS):
         raise UnsupportedCheckpoint(
-            f"{file.path}: {name[:80]!r} has the dtype {code!r}; weights are F64, F32, F16 or BF16.",
+            f"{file.path}: {shown(name)} has the dtype {shown(code)}; weights are F64, F32, F16 or BF16.",
             remedy="Save the model in one of these.",
         )
     item = np.dtype(NUMPY_DTYPE[dtype]).itemsize if dtype else _OTHERS[code]
     count = math.prod(shape)
     if start + count * item != end or base + end > file.size:
-        raise _damaged(file, f"{name[:80]!r} of shape {list(shape)} does not fit the bytes {start:,} to {end:,}")
+        raise _damaged(file, f"{shown(name)} of shape {list(shape)} does not fit the bytes {start:,} to {end:,}")
 
     def view(_: str) -> Tensor:
         if dtype is None:
-            raise UnsupportedCheckpoint(f"{file.path}: {name[:80]!r} holds no weights but {code}.")
+            raise UnsupportedCheckpoint(f"{file.path}: {shown(name)} holds no weights but {code}.")
         return Tensor(dtype, file.array(NUMPY_DTYPE[dtype], base + start, count).reshape(shape))
 
     return LazyTensor(shape, Span(str(file.path), base + start, base + end), view, is_floating=dtype is not None)

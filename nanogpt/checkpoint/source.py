@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from nanogpt.checkpoint.lazy import LazyTensor
+from nanogpt.checkpoint.shown import shown
 from nanogpt.checkpoint.types import Family
 from nanogpt.errors import UnsupportedCheckpoint
 from nanogpt.model.config import Activation
@@ -52,7 +53,7 @@ def read_sizes(config: Mapping[str, Any], where: str, *, block_size: str = "bloc
     if wrong:
         raise UnsupportedCheckpoint(
             f"{where} does not say {', '.join(wrong)}; it has"
-            f" {', '.join(sorted(str(key)[:40] for key in config)[:12]) or 'nothing'}.",
+            f" {', '.join(sorted(shown(key, 40) for key in config)[:12]) or 'nothing'}.",
             remedy="Only GPT-2's architecture is served.",
         )
     return Sizes(*(config[name] for name in names))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nanogpt.checkpoint.mapped import MappedFile
+from nanogpt.checkpoint.shown import shown
 from nanogpt.errors import CorruptCheckpoint, UnsafeCheckpoint
 
 MAX_MEMBERS: Final = 200_000  # GPT-2 XL with its optimizer has 1,750
@@ -63,14 +64,14 @@ def read_directory(file: MappedFile) -> dict[str, Member]:
         size, packed, header = _zip64(file, directory[name_end : name_end + extra_len], size, packed, header)
         if method != 0 or size != packed or flags & _ENCRYPTED_FLAGS:
             raise CorruptCheckpoint(
-                f"{file.path} holds {name} compressed or encrypted; torch.save stores tensors as they are.",
+                f"{file.path} holds {shown(name)} compressed or encrypted; torch.save stores tensors as they are.",
                 remedy="Save the checkpoint with torch.save, and do not zip it again.",
             )
         if name in members:
-            raise _damaged(file, f"two members are called {name}")
+            raise _damaged(file, f"two members are called {shown(name)}")
         start = _data_start(file, name, header)
         if start + size > offset:
-            raise _damaged(file, f"{name} reaches past the end of the data")
+            raise _damaged(file, f"{shown(name)} reaches past the end of the data")
         spans.append((header, start + size, name))
         members[name] = Member(name, start, size, crc32)
         pos = end
@@ -79,7 +80,7 @@ def read_directory(file: MappedFile) -> dict[str, Member]:
     spans.sort()
     for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
         if begin < end:
-            raise _damaged(file, f"{name} and {other} lie over each other")
+            raise _damaged(file, f"{shown(name)} and {shown(other)} lie over each other")
     return members
 
 
@@ -116,7 +117,7 @@ def _name(file: MappedFile, raw: bytes) -> str:
     except UnicodeDecodeError:
         raise _damaged(file, "a member's name is not text") from None
     if not name.isprintable() or name.startswith("/") or "\\" in name or ".." in name.split("/") or ":" in name[:2]:
-        raise UnsafeCheckpoint(f"{file.path} is not safe to read: a member's name leaves the archive: {name!r}.")
+        raise UnsafeCheckpoint(f"{file.path} is not safe to read: a member's name leaves the archive: {shown(name)}.")
     return name
 
 
@@ -143,7 +144,7 @@ def _data_start(file: MappedFile, name: str, header: int) -> int:
     """Where the data begins behind its local header, which must agree with the directory."""
     magic, *_, name_len, extra_len = _LOCAL.unpack(file.bytes(header, _LOCAL.size))
     if magic != b"PK\x03\x04" or file.bytes(header + _LOCAL.size, name_len) != name.encode("utf-8"):
-        raise _damaged(file, f"{name} is not where the directory says")
+        raise _damaged(file, f"{shown(name)} is not where the directory says")
     return header + _LOCAL.size + int(name_len) + int(extra_len)
 
 

@@ -10,10 +10,13 @@ from typing import Any, Final
 
 from nanogpt.checkpoint import canonical, chat
 from nanogpt.checkpoint.lazy import LazyTensor
-from nanogpt.checkpoint.safe_pickle import Inert
+from nanogpt.checkpoint.pickle_machine import Inert
+from nanogpt.checkpoint.shown import shown
 from nanogpt.checkpoint.source import Source, number, read_sizes, step_number
 from nanogpt.errors import UnsupportedCheckpoint
 
+# The name of a folder, or a path of some: nothing that leaves data/.
+_DATASET = re.compile(r"[\w-][\w.-]{0,99}(?:/[\w-][\w.-]{0,99}){0,5}")
 # Tensor names that only another architecture has.
 _OTHERS: Final = (
     (re.compile(r"resid_lambdas|value_embeds|smear_gate|\.attn\.c_q\.weight"), "nanochat"),
@@ -60,7 +63,7 @@ def weights(model: Mapping[Any, Any], path: Path) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in model.items():
         if not isinstance(name, str) or not isinstance(tensor, LazyTensor):
-            raise UnsupportedCheckpoint(f"{path}: the weights hold {str(name)[:80]!r}, which is a {_kind(tensor)}.")
+            raise UnsupportedCheckpoint(f"{path}: the weights hold {shown(name)}, which is a {_kind(tensor)}.")
         tensors[name] = tensor
     return tensors
 
@@ -71,8 +74,8 @@ def refuse_other_architecture(names: Iterable[Any], path: Path) -> None:
         for pattern, project in _OTHERS:
             if isinstance(name, str) and pattern.search(name):
                 raise UnsupportedCheckpoint(
-                    f"{path} is a {project} checkpoint (it has {name[:80]}); its architecture is not GPT-2's and is not"
-                    " served by this version.",
+                    f"{path} is a {project} checkpoint (it has {shown(name)}); its architecture is not GPT-2's and is"
+                    " not served by this version.",
                     remedy="nanoGPT, build-nanogpt, llm.c and Hugging Face GPT-2 checkpoints are.",
                 )
 
@@ -90,7 +93,7 @@ def _nanogpt(value: Mapping[str, Any], tensors: dict[str, LazyTensor], path: Pat
         activation="gelu_erf",
         step=step_number(value.get("iter_num")),
         recorded_loss=number(value.get("best_val_loss")),
-        dataset=dataset if isinstance(dataset, str) else None,
+        dataset=dataset if isinstance(dataset, str) and _DATASET.fullmatch(dataset) else None,
         notes=("GELU: erf, as nanoGPT computes it (its revisions before mid 2023: tanh).",),
     )
 
@@ -100,7 +103,7 @@ def _build_nanogpt(value: Mapping[str, Any], tensors: dict[str, LazyTensor], pat
     source = Source(
         family="build-nanogpt",
         tensors=tensors,
-        sizes=read_sizes(config.fields(), f"{path} ({config.name})"),
+        sizes=read_sizes(config.fields(), f"{path} ({shown(config.name)})"),
         bias=canonical.has_biases(tensors),
         activation="gelu_tanh",
         step=step_number(value.get("step")),
@@ -132,10 +135,10 @@ def _no_model(value: Mapping[Any, Any], path: Path) -> UnsupportedCheckpoint:
 
 
 def _keys(value: Mapping[Any, Any]) -> str:
-    return ", ".join(str(key)[:40] for key in list(value)[:8]) or "nothing"
+    return ", ".join(shown(key, 40) for key in list(value)[:8]) or "nothing"
 
 
 def _kind(value: Any) -> str:
-    return (
-        value.name if isinstance(value, Inert) else "tensor" if isinstance(value, LazyTensor) else type(value).__name__
-    )
+    if isinstance(value, Inert):
+        return shown(value.name)
+    return "tensor" if isinstance(value, LazyTensor) else type(value).__name__

@@ -16,7 +16,7 @@ import numpy as np
 from nanogpt.checkpoint import safe_pickle
 from nanogpt.checkpoint.lazy import NUMPY_DTYPE, LazyTensor, Span
 from nanogpt.checkpoint.mapped import MappedFile
-from nanogpt.checkpoint.safe_pickle import Admitted, Inert
+from nanogpt.checkpoint.pickle_machine import MAX_BYTES, Admitted, Inert
 from nanogpt.checkpoint.stored_zip import Member, read_directory
 from nanogpt.checkpoint.types import DType, Tensor
 from nanogpt.errors import CorruptCheckpoint, UnsupportedCheckpoint
@@ -75,8 +75,6 @@ class TorchArchive:
             )
         pickled = self.members[pickles[0]]
         self.data = self._bytes(pickled)
-        # torch.serialization.set_crc32_options(False) writes checksums that fit nothing: then none is compared.
-        self.has_checksums = zlib.crc32(self.data) == pickled.crc32
         self._verified: set[str] = set()
 
     def read(self) -> Any:
@@ -116,19 +114,22 @@ class TorchArchive:
         return Tensor(dtype, np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False))
 
     def _verify(self, storage: Storage, name: str) -> None:
-        member = self._member(storage, name)
-        if self.has_checksums and storage.key not in self._verified:
-            if zlib.crc32(self.file.data[member.start : member.start + member.size]) != member.crc32:
-                raise CorruptCheckpoint(
-                    f"{self.file.path} is damaged: the bytes of {name} do not have the checksum that was saved with"
-                    " them.",
-                    remedy="Copy the file again.",
-                )
+        if storage.key not in self._verified:
+            self._compare_checksum(self._member(storage, name), name)
             self._verified.add(storage.key)
 
+    def _compare_checksum(self, member: Member, name: str) -> None:
+        # torch.serialization.set_crc32_options(False) writes zeros: nothing to compare with.
+        if member.crc32 and zlib.crc32(self.file.data[member.start : member.start + member.size]) != member.crc32:
+            raise CorruptCheckpoint(
+                f"{self.file.path} is damaged: the bytes of {name} do not have the checksum that was saved with them.",
+                remedy="Copy the file again.",
+            )
+
     def _bytes(self, member: Member) -> bytes:
-        if member.size > safe_pickle.MAX_BYTES:
+        if member.size > MAX_BYTES:
             raise CorruptCheckpoint(f"{self.file.path} is damaged: its {member.name} has {member.size:,} bytes.")
+        self._compare_checksum(member, member.name)
         return self.file.bytes(member.start, member.size)
 
     def _global(self, module: str, name: str) -> Admitted | None:
