@@ -1,8 +1,9 @@
 """A stack machine for pickles that knows data and nothing else: no import, no call, no lookup.
 
 Python's own ``pickle.Unpickler`` can be told which globals to admit, but not how much memory a memo index or a count
-may ask for, and every class that it admits is code that runs. Here a global is what ``find_global`` says, or the file is
-refused. Number of instructions, depth, sizes and the shape of the result are bounded. Imports neither NumPy nor PyTorch.
+may ask for, and every class that it admits is code that runs. Here a global is what ``find_global`` says, or the file
+is refused. The number of instructions, depth, sizes and the shape of the result are bounded. Imports neither NumPy nor
+PyTorch.
 """
 
 from __future__ import annotations
@@ -186,7 +187,8 @@ class _Machine:
         found = self.find_global(module, name)
         if found is None:
             raise UnsafeCheckpoint(
-                f"{self.source} is not safe to read: its pickle asks for {shown(module)}.{shown(name)}. Nothing was executed.",
+                f"{self.source} is not safe to read: its pickle asks for {shown(module)}.{shown(name)}."
+                " Nothing was executed.",
                 remedy="Save plain dictionaries and tensors (torch.save of state_dict()); only load files you trust.",
             )
         self.stack.append(found)
