@@ -216,7 +216,9 @@ def post_worker_init(worker: Worker) -> None:
 
     signal.signal(signal.SIGTERM, on_term)
     signal.siginterrupt(signal.SIGTERM, False)
-    worker.wsgi.extensions["nanogpt"].client.wait_ready(_CONNECT_S)
+    engine = getattr(worker.wsgi, "extensions", {}).get("nanogpt")
+    if engine is not None:  # the app may be wrapped in somebody's middleware
+        engine.client.wait_ready(_CONNECT_S)
     process.is_draining = lambda: process.stop_at is not None and _num_reloads[0] == born
 
 
