@@ -117,6 +117,8 @@ class _Machine:
     stack: list[Any] = field(default_factory=list)
     marks: list[list[Any]] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
+    globals: dict[tuple[str, str], Admitted] = field(default_factory=dict)
+    left: int = MAX_OPCODES
 
     def run(self) -> Any:
         try:
@@ -130,7 +132,8 @@ class _Machine:
         raise CorruptCheckpoint(f"{self.source} is damaged: its pickle is not readable at byte {self.pos}: {reason}.")
 
     def _run(self) -> Any:
-        for _ in range(MAX_OPCODES):
+        while True:
+            self.spend(1)
             opcode = self.take(1)[0]
             if opcode == _STOP:
                 if len(self.stack) != 1 or self.marks:
@@ -141,7 +144,12 @@ class _Machine:
                 self.refuse_opcode(opcode)
             else:
                 action(self)
-        raise _Bad(f"it has more than {MAX_OPCODES:,} instructions")
+
+    def spend(self, steps: int) -> None:
+        """Everything that takes time is counted, so that no pickle takes long."""
+        self.left -= steps
+        if self.left < 0:
+            raise _Bad(f"it takes more than {MAX_OPCODES:,} steps")
 
     def refuse_opcode(self, opcode: int) -> None:
         if opcode in _CALLING:
@@ -184,13 +192,14 @@ class _Machine:
     def push_global(self, module: str, name: str) -> None:
         if len(module) > MAX_NAME or len(name) > MAX_NAME:
             raise _Bad("a name is too long")
-        found = self.find_global(module, name)
+        found = self.globals.get((module, name)) or self.find_global(module, name)
         if found is None:
             raise UnsafeCheckpoint(
                 f"{self.source} is not safe to read: its pickle asks for {shown(module)}.{shown(name)}."
                 " Nothing was executed.",
                 remedy="Save plain dictionaries and tensors (torch.save of state_dict()); only load files you trust.",
             )
+        self.globals[module, name] = found
         self.stack.append(found)
 
     def call(self, function: Any, args: Any) -> Any:
@@ -198,6 +207,11 @@ class _Machine:
             raise _Bad("it calls something that is not a name")
         if function.call is None:
             raise _Bad(f"it calls {function.name}, which can only be named")
+        # A call may copy its first argument: a list that was made once must not be copied a million times.
+        if args and isinstance(args[0], (list, tuple)):
+            self.spend(len(args[0]))
+        elif args and isinstance(args[0], str):
+            self.spend(len(args[0]) // _TEXT_A_STEP)
         return function.call(args)
 
     # -- one method an instruction that does more than push a value
@@ -280,6 +294,7 @@ class _Machine:
 
 _U8, _U16, _U32, _U64 = (struct.Struct(code) for code in ("<B", "<H", "<I", "<Q"))
 _I32, _F64 = struct.Struct("<i"), struct.Struct(">d")
+_TEXT_A_STEP: Final = 256
 _STOP: Final = ord(".")
 _CALLING: Final = {ord("i"): "INST", ord("o"): "OBJ", 0x92: "NEWOBJ_EX", 0x82: "EXT1", 0x83: "EXT2", 0x84: "EXT4",
                    ord("P"): "PERSID"}  # fmt: skip

@@ -87,9 +87,9 @@ def _encode(args: tuple[Any, ...]) -> bytes:
 def _numpy_scalar(args: tuple[Any, ...]) -> Any:
     """A NumPy number as Python's own; anything else stays inert."""
     dtype, data = args
-    if isinstance(dtype, Inert) and dtype.args and isinstance(data, bytes):
+    if isinstance(dtype, Inert) and dtype.args and isinstance(dtype.args[0], str) and isinstance(data, bytes):
         code = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I",
-                "u2": "H", "u1": "B", "b1": "?"}.get(str(dtype.args[0]))  # fmt: skip
+                "u2": "H", "u1": "B", "b1": "?"}.get(dtype.args[0])  # fmt: skip
         order = ">" if isinstance(dtype.state, tuple) and dtype.state[1:2] == (">",) else "<"
         if code is not None:
             return struct.unpack(order + code, data)[0]
