@@ -77,6 +77,7 @@ def gpt2() -> BytePairTokenizer:
 def from_llmc(path: str | os.PathLike[str]) -> BytePairTokenizer:
     """The tokenizer of a file that llm.c wrote (``gpt2_tokenizer.bin``), version 1 or 2.
 
+    A file that holds GPT-2's tokenizer, as those of llm.c's own scripts do, gives ``gpt2()``.
     Such a file does not say how a text is split into words: as in llm.c itself, that is GPT-2's way.
 
     Raises: TokenizerError naming what is wrong with the file.
@@ -96,6 +97,8 @@ def write_llmc(tokenizer: BytePairTokenizer) -> bytes:
 
 def _from_llmc_bytes(data: bytes, source: str) -> BytePairTokenizer:
     tokens, eos_token_id = _read_llmc(data, source)
+    if eos_token_id == _GPT2_EOS and data[_HEADER_BYTES:] == read_bytes(_GPT2_FILE)[_HEADER_BYTES:]:
+        return gpt2()
     return BytePairTokenizer("llm.c", tokens, eos_token_id, source=source)
 
 

@@ -42,6 +42,8 @@ def parse_object(text: str, source: str | os.PathLike[str]) -> dict[str, Any]:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        if len(text) < 1024 and text.endswith(os.path.basename(source)) and "\n" not in text:
+            reason = f"it holds {text!r}: a symbolic link that was copied as text"
         raise TokenizerError(f"{os.fspath(source)} is damaged: not JSON ({reason}).") from None
     if not isinstance(value, dict):
         raise TokenizerError(f"{os.fspath(source)} holds a {type(value).__name__}; a tokenizer is a JSON object.")

@@ -11,9 +11,9 @@ from typing import Any
 from nanogpt.errors import TokenizerError
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.bpe import LLMC_MAGIC, from_llmc, from_llmc_spec, gpt2
-from nanogpt.tokenizer.characters import characters_from_meta, from_characters_json, from_characters_object
+from nanogpt.tokenizer.characters import characters_from_meta, from_characters_object
 from nanogpt.tokenizer.files import parse_object, read_text
-from nanogpt.tokenizer.huggingface import from_huggingface_spec, from_tokenizer_json, from_vocab_merges
+from nanogpt.tokenizer.huggingface import from_huggingface_spec, from_tokenizer_object, from_vocab_merges
 
 _KNOWN = "gpt2, or a path to meta.pkl, characters.json, tokenizer.json, vocab.json with merges.txt, or llm.c's file"
 
@@ -78,12 +78,13 @@ def _load_file(path: Path) -> Tokenizer:
     if path.name == "merges.txt" and (path.parent / "vocab.json").is_file():
         return from_vocab_merges(path.parent / "vocab.json", path)
     if path.suffix == ".json":
-        value = parse_object(read_text(path), path)
+        text = read_text(path)
+        value = parse_object(text, path)
         # By type, not only by name: "characters" and "model" are also words in a vocabulary.
         if isinstance(value.get("characters"), list):
-            return from_characters_json(path)
+            return from_characters_object(value, str(path))
         if isinstance(value.get("model"), dict):
-            return from_tokenizer_json(path)
+            return from_tokenizer_object(text, value, path)
         if path.name.endswith("vocab.json") or (value and all(type(token_id) is int for token_id in value.values())):
             if merges.is_file():
                 return from_vocab_merges(path, merges)

@@ -5,11 +5,18 @@ Owned by one request, used by one thread at a time. Knows nothing of engines or 
 
 from __future__ import annotations
 
-import codecs
+import re
 from collections.abc import Iterable, Sequence
 
 from nanogpt.errors import InvalidRequest
 from nanogpt.tokenizer.base import Tokenizer
+
+# The beginning of a character at the end of the bytes. Source: Unicode, table 3-7 (well-formed UTF-8). Python's own
+# incremental decoder also waits after ED A0, which can never become a character.
+_TORN = re.compile(
+    rb"(?:[\xc2-\xdf]|\xe0[\xa0-\xbf]?|[\xe1-\xec\xee\xef][\x80-\xbf]?|\xed[\x80-\x9f]?"
+    rb"|\xf0(?:[\x90-\xbf][\x80-\xbf]?)?|[\xf1-\xf3][\x80-\xbf]{0,2}|\xf4(?:[\x80-\x8f][\x80-\xbf]?)?)\Z"
+)
 
 
 class TextStream:
@@ -28,8 +35,7 @@ class TextStream:
         self.offsets: list[int] = []
         """For each of them, how many characters there were before it. It may lie past the end of a stopped text."""
         self._token_bytes = tokenizer.token_bytes
-        # Holds back bytes that could still become a character; the others turn to U+FFFD as in a whole decode.
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._torn = b""
         self._stops = [_Stop(text) for text in ([stop] if isinstance(stop, str) else stop)]
         self._first_characters = {stop.text[0] for stop in self._stops}
         self._held = ""
@@ -50,21 +56,29 @@ class TextStream:
                 break
             self.num_tokens += 1
             self.offsets.append(self._num_characters)
-            pieces.append(self._release(self._decoder.decode(self._token_bytes(token_id))))
+            pieces.append(self._release(self._decode(self._token_bytes(token_id))))
         return self._returned("".join(pieces))
 
     def finish(self) -> str:
         """What was held back. The last character, if it is torn, is U+FFFD, which can complete a stop string too."""
         if self.stopped:
             return ""
-        last = self._release(self._decoder.decode(b"", final=True)) + self._held
-        self._held = ""
+        last = self._release(self._torn.decode("utf-8", errors="replace")) + self._held
+        self._torn, self._held = b"", ""
         return self._returned(last)
 
     def _returned(self, text: str) -> str:
         if text:
             self._parts.append(text)
         return text
+
+    def _decode(self, piece: bytes) -> str:
+        """Hold back the beginning of a character; what cannot be one any more is U+FFFD, as in a whole decode."""
+        data = self._torn + piece
+        torn = _TORN.search(data, max(0, len(data) - 3))
+        end = torn.start() if torn else len(data)
+        self._torn = data[end:]
+        return data[:end].decode("utf-8", errors="replace")
 
     def _release(self, characters: str) -> str:
         """Look for stop strings in what follows the held text; hold back what can be the beginning of one."""
