@@ -35,7 +35,7 @@ _HELP = {
     "prompt_logprobs": "the same for the prompt's tokens",
 }
 _INTEGERS = ("max_tokens", "top_k", "seed", "logprobs", "prompt_logprobs")
-_MODEL_SETTINGS = ("device", "precision", "runner", "threads", "tokenizer")
+_MODEL_SETTINGS = ("tokenizer", "device", "precision", "runner", "threads", "context_overflow")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()) -> None:
@@ -91,20 +91,24 @@ def _bias(text: str) -> tuple[int, float]:
 _bias.__name__ = "ID=BIAS pair"  # argparse: "invalid ID=BIAS pair value: 'x'"
 
 
+def add_setting(group: argparse._ArgumentGroup, name: str) -> None:
+    """The flag of one field of Settings. Not given it is None, and the environment, the file or the default counts."""
+    field = Settings.__dataclass_fields__[name]
+    choices = field.metadata["choices"] or (("true", "false") if isinstance(field.default, bool) else None)
+    default = str(field.default).lower() or "empty"
+    group.add_argument(
+        "--" + name.replace("_", "-"),
+        choices=choices,
+        metavar=None if choices else name.rsplit("_", 1)[-1].upper(),
+        help=f"{field.metadata['help']} (default {default})".replace("%", "%%"),
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which arithmetic runs the model; what is not given comes from the environment, as for the server."""
     group = parser.add_argument_group("model")
-    for field in dataclasses.fields(Settings):
-        if field.name in _MODEL_SETTINGS:
-            metadata = field.metadata
-            group.add_argument(
-                "--" + field.name,
-                choices=metadata["choices"],
-                metavar=None if metadata["choices"] else field.name.upper(),
-                help=f"{metadata['help']} (default {field.default or 'empty'})"
-                if field.name != "threads"
-                else metadata["help"],
-            )
+    for name in _MODEL_SETTINGS:
+        add_setting(group, name)
 
 
 def open_model(args: argparse.Namespace) -> LLM:
@@ -115,9 +119,9 @@ def open_model(args: argparse.Namespace) -> LLM:
         from nanogpt.llm import LLM
 
         return LLM(
-            settings.model_checkpoint or None,
-            device=settings.device,
-            precision=settings.precision,
+            settings.model_checkpoint,
+            max_batch_size=1,  # there is one text: more would be memory for nobody
+            **{name: getattr(settings, name) for name in _MODEL_SETTINGS},
         )
 
 

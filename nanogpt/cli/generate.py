@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanogpt.cli._arguments import add_model_arguments, add_sampling_arguments, open_model, sampling_params
 from nanogpt.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from nanogpt.llm import LLM
+    from nanogpt.sampling_params import SamplingParams
 
 HELP = "continue a text in the terminal"
 
@@ -78,11 +83,23 @@ def _checkpoint_and_prompt(args: argparse.Namespace) -> tuple[str | None, str]:
     )
 
 
-def _answer(llm: Any, prompt: str, params: Any) -> dict[str, Any]:
+def _answer(llm: LLM, prompt: str, params: SamplingParams) -> dict[str, Any]:
+    """The fields of POST /generate's answer that mean something without a server; log probabilities if asked for."""
     completion = llm.generate([prompt], params)[0]
-    return {
+    answer: dict[str, Any] = {
         "prompt": prompt,
-        "generated_text": prompt + completion.text,
+        "generated_text": completion.full_text,
         "tokens_generated": len(completion.token_ids),
         "finish_reason": completion.finish_reason,
+        "model": llm.card["name"],
+        "usage": {
+            "prompt_tokens": completion.num_prompt_tokens,
+            "completion_tokens": len(completion.token_ids),
+            "total_tokens": completion.num_prompt_tokens + len(completion.token_ids),
+        },
     }
+    for name in ("logprobs", "prompt_logprobs"):
+        values = getattr(completion, name)
+        if values is not None:
+            answer[name] = [value and dataclasses.asdict(value) for value in values]
+    return answer

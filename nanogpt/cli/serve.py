@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import get_type_hints
 
+from nanogpt.cli._arguments import add_setting
 from nanogpt.errors import SettingsError
 from nanogpt.settings import Settings
 
@@ -35,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a file, or a folder such as log/ (default: the embedded model)",
     )
     parser.add_argument("--config", metavar="FILE", help="settings file (TOML)")
-    hints = get_type_hints(Settings)
     group: argparse._ArgumentGroup | None = None
     for field in dataclasses.fields(Settings):
         if field.name in _GROUPS:
@@ -43,16 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if field.metadata["secret"]:
             continue
         assert group is not None
-        default = field.default if field.default != "" else "empty"
-        if hints[field.name] is bool:
-            default = str(field.default).lower()
-        choices = field.metadata["choices"] or (("true", "false") if hints[field.name] is bool else None)
-        group.add_argument(
-            "--" + field.name.replace("_", "-"),
-            choices=choices,
-            metavar=None if choices else field.name.rsplit("_", 1)[-1].upper(),
-            help=f"{field.metadata['help']} (default {default})".replace("%", "%%"),
-        )
+        add_setting(group, field.name)
 
 
 def run(args: argparse.Namespace) -> int:

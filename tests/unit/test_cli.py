@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,8 @@ from nanogpt import cli
 from nanogpt._version import __version__
 from nanogpt.cli import _arguments, generate
 from nanogpt.errors import CheckpointNotFound, EngineDied
-from nanogpt.sampling_params import SamplingParams
+from nanogpt.llm import Completion
+from nanogpt.sampling_params import SamplingParams, TokenLogprobs
 
 Capture = pytest.CaptureFixture[str]
 
@@ -31,6 +31,7 @@ class FakeLLM:
 
     def __init__(self, words: tuple[str, ...] = (" there", " was", " a village")) -> None:
         self.words = words
+        self.card = {"name": "model_40000"}
         self.asked: list[tuple[Any, SamplingParams]] = []
 
     def stream(self, prompt: Any, params: SamplingParams) -> Iterator[str]:
@@ -39,7 +40,8 @@ class FakeLLM:
 
     def generate(self, prompts: list[Any], params: SamplingParams) -> list[Any]:
         text = "".join(self.stream(prompts[0], params))
-        return [SimpleNamespace(text=text, token_ids=[1, 2, 3], finish_reason="length", logprobs=None)]
+        logprobs = [TokenLogprobs(-0.5, 1, [(7, -0.5)])] if params.logprobs is not None else None
+        return [Completion(prompts[0], [8, 9], text, [1, 2, 3], "length", logprobs=logprobs)]
 
 
 @pytest.fixture
@@ -212,6 +214,14 @@ def test_json_is_the_answer_of_the_api(llm: FakeLLM, capsys: Capture) -> None:
     assert answer["generated_text"] == "很久以前 there was a village"
     assert answer["tokens_generated"] == 3
     assert answer["finish_reason"] == "length"
+    assert answer["model"] == "model_40000"
+    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    assert "logprobs" not in answer
+
+
+def test_log_probabilities_are_in_the_json(llm: FakeLLM, capsys: Capture) -> None:
+    assert cli.main(["generate", "Once", "--json", "--logprobs", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["logprobs"] == [{"logprob": -0.5, "rank": 1, "top": [[7, -0.5]]}]
 
 
 def test_every_sampling_parameter_has_a_flag(llm: FakeLLM) -> None:
@@ -251,6 +261,23 @@ def test_ctrl_c_keeps_what_was_written(monkeypatch: pytest.MonkeyPatch, capsys: 
     captured = capsys.readouterr()
     assert re.fullmatch(r"Once there( was)?\n", captured.out)
     assert captured.err == ""
+
+
+def test_the_environment_names_a_model_too(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("MODEL_CHECKPOINT", "/nowhere/log")
+    assert cli.main(["generate", "Once"]) == 2
+    assert "/nowhere/log" in capsys.readouterr().err
+    assert cli.main(["generate", "/nowhere/else.pt", "Once"]) == 2
+    assert "/nowhere/else.pt" in capsys.readouterr().err
+
+
+def test_the_embedded_model_writes_the_same_with_the_same_seed() -> None:
+    """End to end, as a user: streamed or not, the text is one."""
+    command = ["-m", "nanogpt", "generate", "Once upon a time", "--seed", "1", "--max-tokens", "12"]
+    streamed, whole = python(*command), python(*command, "--json")
+    assert streamed.returncode == whole.returncode == 0, streamed.stderr + whole.stderr
+    assert streamed.stderr == "", "no progress where there is no terminal"
+    assert streamed.stdout == json.loads(whole.stdout)["generated_text"] + "\n"
 
 
 def test_progress_is_for_terminals_only(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
