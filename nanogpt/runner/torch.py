@@ -61,7 +61,8 @@ class TorchRunner:
             # What OMP_NUM_THREADS or the caller already lowered stays low.
             torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cpus()))
         if precision == "auto":
-            precision = "fp32" if device == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+            # PyTorch calls bf16 supported also where the device only emulates it.
+            precision = "fp32" if device == "cpu" else "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
         if precision not in _DTYPES:
             raise SettingsError(
                 f"precision is {precision!r}; the PyTorch runner computes in {', '.join(_DTYPES)}.",
@@ -73,6 +74,9 @@ class TorchRunner:
         self.device = device
         self.precision = precision
         self._device = torch.device(device)
+        # On a CPU copying K and V together costs more than the calls that it saves, and a sequence's attention does
+        # not depend on who else is in the batch.
+        self._share_calls = device != "cpu"
         self._model = GPT.from_checkpoint(checkpoint, device=self._device, dtype=_DTYPES[precision]).eval()
         self._kv = self._allocate()
 
@@ -158,16 +162,12 @@ class TorchRunner:
         return hidden
 
     def _groups(self, batch: Batch, firsts: Int32, position: torch.Tensor, slot: torch.Tensor) -> list[_Group]:
-        """How this step's attention is divided. On a device, runs of sequences with one token each share a call.
-
-        On a CPU they do not: copying K and V together costs more there than the calls that it saves, and a
-        sequence's attention does not depend on who else is in the batch.
-        """
+        """How this step's attention is divided. On a device, runs of sequences with one token each share a call."""
         groups: list[_Group] = []
         lengths = (batch.starts + batch.num_tokens).tolist()
         for b, (first, n, length) in enumerate(zip(firsts.tolist(), batch.num_tokens.tolist(), lengths, strict=True)):
             last = groups[-1] if groups else None
-            if self.device != "cpu" and n == 1 and last is not None and last.stop - last.first == last.num_sequences:
+            if self._share_calls and n == 1 and last is not None and last.stop - last.first == last.num_sequences:
                 last.stop += 1
                 last.num_sequences += 1
                 last.length = max(last.length, length)
