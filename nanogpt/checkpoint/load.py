@@ -109,19 +109,7 @@ def _assemble(source: Source, path: Path, setting: str) -> Checkpoint:
             f" {tokenizer.num_tokens:,} characters: they do not belong together.",
             remedy="Set NANOGPT_TOKENIZER to gpt2 or to the right meta.pkl.",
         )
-    config = GPTConfig(
-        n_layer=source.sizes.n_layer,
-        n_head=source.sizes.n_head,
-        n_embd=source.sizes.n_embd,
-        block_size=source.sizes.block_size,
-        vocab_size=source.sizes.vocab_size,
-        num_tokens=tokenizer.num_tokens,
-        bias=source.bias,
-        activation=source.activation,
-        tied=tied,
-        n_inner=source.n_inner,
-        layer_norm_eps=source.layer_norm_eps,
-    )
+    config = _config(source, path, tokenizer.num_tokens, tied)
     source = source.noting(*notes)
     if config.num_tokens < config.vocab_size:
         source = source.noting(
@@ -138,3 +126,22 @@ def _assemble(source: Source, path: Path, setting: str) -> Checkpoint:
         chat_template=source.chat_template,
         notes=source.notes,
     )
+
+
+def _config(source: Source, path: Path, num_tokens: int, tied: bool) -> GPTConfig:
+    try:
+        return GPTConfig(
+            n_layer=source.sizes.n_layer,
+            n_head=source.sizes.n_head,
+            n_embd=source.sizes.n_embd,
+            block_size=source.sizes.block_size,
+            vocab_size=source.sizes.vocab_size,
+            num_tokens=num_tokens,
+            bias=source.bias,
+            activation=source.activation,
+            tied=tied,
+            n_inner=source.n_inner,
+            layer_norm_eps=source.layer_norm_eps,
+        )
+    except UnsupportedCheckpoint as error:
+        raise UnsupportedCheckpoint(f"{path}: {error.message}") from None

@@ -17,6 +17,7 @@ from nanogpt.errors import CheckpointNotFound
 
 EMBEDDED: Final = Path(__file__).resolve().parent.parent / "assets" / "default"
 
+_LATEST: Final = "latest_checkpoint.pt"
 _MAX_LINK_BYTES: Final = 1024
 _MAX_LINKS: Final = 8
 _STEP = re.compile(r"^(?:model|ckpt|state_step)_?0*(\d+)\.(?:pt|bin)$")
@@ -52,7 +53,7 @@ def locate(path: str | Path) -> Found:
             return _in_folder(given)
         if not given.is_file():
             raise CheckpointNotFound(f"{given} is neither a file nor a folder.")
-        target = follow(given)
+        target = follow(_resolved(given))
         if target.name in _HF_WEIGHTS or target.name == "config.json" or _is_shard(target):
             return _hugging_face(target.parent) or Found(target, target)
         return Found(target, target)
@@ -95,7 +96,7 @@ def _in_folder(folder: Path) -> Found:
     for choose in (_latest, _nanogpt, _newest_step, _only_one):
         file = choose(folder)
         if file is not None:
-            target = follow(file)
+            target = follow(_resolved(file))
             return Found(target, target)
     raise CheckpointNotFound(f"There is no checkpoint in the folder {folder}.", remedy=_near(folder))
 
@@ -109,10 +110,16 @@ def _hugging_face(folder: Path) -> Found | None:
 
 
 def _latest(folder: Path) -> Path | None:
-    link = folder / "latest_checkpoint.pt"
-    if link.is_file() and (link.stat().st_size > _MAX_LINK_BYTES or _link_target(link) is not None):
-        return link
-    return None  # a dangling link: the newest of the others
+    link = folder / _LATEST
+    if not link.is_file():
+        return None
+    may_dangle = not link.is_symlink() and link.stat().st_size <= _MAX_LINK_BYTES
+    return None if may_dangle and _link_target(link) is None else link
+
+
+def _resolved(path: Path) -> Path:
+    """The checkpoint that ``latest_checkpoint.pt`` links to, which has the better name. Hub caches link to hashes."""
+    return path.resolve() if path.name == _LATEST else path
 
 
 def _nanogpt(folder: Path) -> Path | None:

@@ -77,6 +77,12 @@ def _set(args: tuple[Any, ...]) -> set[Any]:
     return {check_key(item) for item in items}
 
 
+def _no_bytes(args: tuple[Any, ...]) -> bytes:
+    if args:
+        raise ValueError("bytes are only made empty by their name")
+    return b""
+
+
 def _encode(args: tuple[Any, ...]) -> bytes:
     text, encoding = args
     if encoding != "latin1" or not isinstance(text, str):
@@ -104,6 +110,7 @@ _PLAIN: Final[dict[str, Callable[[tuple[Any, ...]], Any] | None]] = {
     "collections.OrderedDict": _ordered_dict,
     "builtins.set": _set,
     "builtins.frozenset": lambda args: frozenset(_set(args)),
+    "builtins.bytes": _no_bytes,
     "_codecs.encode": _encode,
     "numpy.ndarray": None,
     "numpy.dtype": _inert("numpy.dtype"),
