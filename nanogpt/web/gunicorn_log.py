@@ -26,6 +26,9 @@ class GunicornLogger(Logger):  # type: ignore[misc]
         if cfg.errorlog not in (None, "-"):
             logging.getLogger().handlers[:] = self.error_log.handlers
 
+    def debug(self, msg: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: what gunicorn tells at this level quotes addresses and bytes of requests."""
+
     def warning(self, msg: Any, *args: Any, **kwargs: Any) -> None:
         # "Invalid request from ip=…: …" goes on with the header or the line at fault, which may hold a key.
         if str(msg).startswith("Invalid request from ip="):

@@ -129,6 +129,7 @@ class Server:
         finally:
             for pid in self.pids():
                 os.kill(pid, signal.SIGKILL)
+            print(self.log)  # shown when the test failed
 
     @contextmanager
     def engine(self) -> Iterator[EngineClient]:
