@@ -53,15 +53,14 @@ test-lowest: $(VENV)/.installed-dev ## Run the unit tests with the oldest versio
 
 constraints: ## Write constraints.txt anew with the newest versions that pip finds (PyTorch stays)
 	rm -rf build/constraints && $(PYTHON) -m venv build/constraints
-	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT build/constraints/bin/python -m pip -q install '.[dev]' $(shell grep ^torch== constraints.txt) \
-	    cmake ninja nanobind scikit-build-core
+	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT build/constraints/bin/python -m pip -q install '.[dev]' $(shell grep ^torch== constraints.txt)
 	build/constraints/bin/python tools/constraints.py > constraints.txt.new && mv constraints.txt.new constraints.txt
 
 services: ## Install the system packages that the tests use (root on Debian or Ubuntu; says so otherwise)
 	@tools/services.sh $(SERVICES)
 
 wheel: $(VENV)/.installed-dev ## Build the wheel and the source distribution into dist/
-	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean: ## Remove what was built; .venv stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
