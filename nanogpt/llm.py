@@ -173,9 +173,12 @@ class LLM:
     def _pieces(self, request: _Request) -> Iterator[str]:
         try:
             self._submit(request)
-            while not request.finished():
+            finished = False
+            while not finished:
                 self._step(request.has_news)
-                if piece := request.take():
+                with self._lock:  # the last piece may have come by another's step, together with the end
+                    piece, finished = request.take(), request.finished()
+                if piece:
                     yield piece
             request.completion()  # an error is raised here as in generate
         finally:
