@@ -16,27 +16,77 @@ namespace nanogpt {
 namespace {
 
 NG_INLINE int imin(int a, int b) { return a < b ? a : b; }
+NG_INLINE int imax(int a, int b) { return a > b ? a : b; }
+
+constexpr size_t kBlockBytes = 393216;
 
 // What a matrix product takes: rows of quantized (or float) activations with one scale a row.
 struct Act {
   const uint8_t* data;
   size_t stride;
   const float* scale;
+  const int32_t* offset;  // 128 times the row's sum of quantized activations (dot.h)
 };
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
-// The float x[0, n) as integers of at most `limit`, in the instruction set's form, zeros up to n_pad. Returns the scale.
-inline float quantize_row(const float* x, int n, int n_pad, int limit, uint8_t* out) {
+NG_INLINE float largest_size(const float* x, int n) {
   F32 largest = splat(0.0f);
   for (int i = 0; i < n; i += 16) largest = max(abs(load(x + i)), largest);
-  const float top = max_lane(largest);
-  const bool some = top > 1e-30f;  // below, 1 / top would overflow: such a row is zero
-  const F32 inverse = splat(some ? float(limit) / top : 0.0f);
+  return max_lane(largest);
+}
+constexpr float kTiny = 1e-30f;  // below, 1 / x would overflow: such a row is taken for zero
+
+// The floats x[0, n) as 15-bit integers, zeros up to n_pad. Returns their unit; `offset` see dot.h.
+inline float quantize_15(const float* x, int n, int n_pad, int limit, uint8_t* out, int32_t* offset) {
+  const float top = largest_size(x, n);
+  const F32 inverse = splat(top > kTiny ? float(limit) / top : 0.0f);
+  I32 total = splat(int32_t(0));
   int i = 0;
-  for (; i < n; i += 16) put<true>(out, n_pad, i, round_to_int(load(x + i) * inverse));
-  for (; i < n_pad; i += 16) put<true>(out, n_pad, i, splat(int32_t(0)));
-  return some ? top / float(limit) : 0.0f;
+  for (; i < n; i += 16) {
+    const I32 a = round_to_int(load(x + i) * inverse);
+    total = total + a;
+    put(out, n_pad, i, a);
+  }
+  for (; i < n_pad; i += 16) put(out, n_pad, i, splat(int32_t(0)));
+  *offset = int32_t(uint32_t(sum(total)) * 128u);
+  return top > kTiny ? top / float(limit) : 0.0f;
+}
+
+// The same for a matrix's input: in every group of 64 the integers are rounded to eight bits and a common exponent.
+inline float quantize_shared(const float* x, int n, int n_pad, int limit, bool planes, uint8_t* out, int32_t* offset) {
+  const float top = largest_size(x, n);
+  const F32 inverse = splat(top > kTiny ? float(limit) / top : 0.0f);
+  uint32_t row_sum = 0;
+  for (int g = 0; g < n_pad / kGroup; g++) {
+    I32 a[4], size = splat(int32_t(0));
+    each<4>(NG_BODY(j) {
+      const int i = g * kGroup + j * 16;
+      a[j] = i < n ? round_to_int(load(x + i) * inverse) : splat(int32_t(0));
+      size = size | abs(a[j]);
+    });
+    const uint32_t bits_used = 32 - uint32_t(__builtin_clz(any_bit(size) | 1));
+    const int e = bits_used > 7 ? int(bits_used) - 7 : 0;
+    const I32 half = splat(int32_t(1 << e >> 1)), most = splat(int32_t(127));
+    I32 total = splat(int32_t(0));
+    each<4>(NG_BODY(j) {
+      const int i = g * kGroup + j * 16;
+      I32 q = shift_right_signed(a[j] + half, e);
+      q = select(less(most, q), most, q);
+      total = total + q;
+      if (planes)
+        put_planes(out, n_pad, i, shift_left(q, e));
+      else if (kBytes)
+        store_bytes(out + i, q);
+      else
+        store_shorts(out + 2 * i, shift_left(q, e));
+    });
+    const GroupInfo info{e, sum(total)};
+    row_sum += uint32_t(info.sum) << e;
+    std::memcpy(out + 2 * size_t(n_pad) + g * sizeof info, &info, sizeof info);
+  }
+  *offset = int32_t(row_sum * 128u);
+  return top > kTiny ? top / float(limit) : 0.0f;
 }
 
 // x must be zero past n, up to a multiple of 16.
@@ -58,27 +108,27 @@ inline void layer_norm(const float* x, int n, const float* w, const float* b, fl
   for (i = 0; i < n; i += 16) store(out + i, fma((load(x + i) - mean) * inverse, load(w + i), load(b + i)));
 }
 
-// A matrix's input: `make(row, floats)` gives one row as floats (it may write them to `floats` or return its own).
-// Small batches are prepared by each thread for itself, larger ones together, with a barrier at the end.
+// Chunks of the phase until none is left, then the next phase.
+template <class Body>
+NG_INLINE void phase(const Step& s, Cursor& cursor, int num_chunks, const Body& body) {
+  for (int chunk; (chunk = s.team->take(cursor, num_chunks)) >= 0;) body(chunk);
+  s.team->finish(cursor, num_chunks);
+}
+
+// A matrix's input, rows [first, last): `make(row, floats)` gives one row as floats (written to `floats`, or its own).
 template <class Make>
-NG_INLINE Act prepare(const Step& s, int thread, int rows, const Matrix& m, const Make& make) {
-  const bool own = rows <= kOwnRows, f32 = m.kind == Kind::kF32;
-  Scratch& scratch = s.scratch[thread];
-  uint8_t* act = own ? scratch.act : s.act;
-  float* scale = own ? scratch.act_scale : s.act_scale;
-  const int threads = own ? 1 : s.team->size(), part = own ? 0 : thread;
-  for (int r = rows * part / threads; r < rows * (part + 1) / threads; r++) {
-    uint8_t* to = act + r * s.act_stride;
-    if (f32) {
+NG_INLINE void prepare(const Matrix& m, int first, int last, bool planes, uint8_t* act, size_t stride, float* scale,
+                       int32_t* offset, float* floats, const Make& make) {
+  for (int r = first; r < last; r++) {
+    uint8_t* to = act + r * stride;
+    if (m.kind == Kind::kF32) {
       const float* x = make(r, reinterpret_cast<float*>(to));
       if (x != reinterpret_cast<float*>(to)) std::memcpy(to, x, sizeof(float) * round_up(m.k, 16));
       scale[r] = 1.0f;
     } else {
-      scale[r] = quantize_row(make(r, scratch.row), m.k, m.k_pad, m.act_max, to);
+      scale[r] = quantize_shared(make(r, floats), m.k, m.k_pad, m.act_max, planes, to, offset + r);
     }
   }
-  if (!own) s.team->barrier();
-  return Act{act, s.act_stride, scale};
 }
 
 // ---- matrices -------------------------------------------------------------------------------------------------------
@@ -106,60 +156,89 @@ NG_INLINE void finish(const Matrix& m, const int32_t* sums, int ld, int rows, in
 
 // `rows` (1 .. kMaxRows) x `panels` (1, or kPanelsAtOnce and its half) to sums, with the count of rows made a constant.
 template <int P, int R = kMaxRows>
-NG_INLINE void dot_rows(int rows, const Matrix& m, const uint8_t* a, size_t a_stride, int panel, int32_t* out, int ld) {
+NG_INLINE void dot_rows(int rows, const Matrix& m, const uint8_t* a, size_t a_stride, const int32_t* offsets,
+                        int panel, int32_t* out, int ld) {
   if constexpr (R > 0) {
-    if (rows != R) return dot_rows<P, R - 1>(rows, m, a, a_stride, panel, out, ld);
+    if (rows != R) return dot_rows<P, R - 1>(rows, m, a, a_stride, offsets, panel, out, ld);
     const uint8_t* w = m.data + size_t(panel) * m.panel_bytes;
+    const GroupInfo* info = reinterpret_cast<const GroupInfo*>(a + 2 * size_t(m.k_pad));
     if (m.kind == Kind::kI8) {
-      dot_i8<R, P>(a, a_stride, m.k_pad, w, m.panel_bytes, m.k_pad / 4, m.sums + panel * kLanes, out, ld, false);
+      dot_shared<R, P>(a, a_stride, info, w, m.panel_bytes, m.k_pad / kGroup, offsets, out, ld);
     } else if (m.kind == Kind::kF32) {
       dot_f32<R, P>((const float*)a, a_stride / 4, (const float*)w, m.panel_bytes / 4, m.k, (float*)out, ld, false);
     } else {
       for (int p = 0; p < P; p++)
-        dot_i4<R>(a, a_stride, m.k_pad, w + p * m.panel_bytes, m.k_pad / kGroup, (float*)out + kLanes * p, ld);
+        dot_i4<R>(a, a_stride, info, w + p * m.panel_bytes, m.k_pad / kGroup, (float*)out + kLanes * p, ld);
     }
   }
 }
 
-// out[rows, n] = act x m, this thread's columns.
-inline void matmul(const Step& s, int thread, const Matrix& m, const Act& act, int rows, float* out, size_t ldo,
-                   Then then) {
-  const int threads = s.team->size(), panels = m.num_panels();
-  // Shares are whole groups of panels where there are enough of them.
-  const int unit = panels >= 8 * threads ? 4 : 1, units = (panels + unit - 1) / unit;
-  const int first = imin(panels, units * thread / threads * unit);
-  const int last = imin(panels, units * (thread + 1) / threads * unit);
-  alignas(64) int32_t sums[kMaxRows * 16 * 4];
-  // Rows are taken in blocks whose activations stay in the L2 cache while the weights pass by.
-  const int block = imin(rows, int(round_up<size_t>(1 + 393216 / (2 * size_t(m.k_pad)), kMaxRows)));
-  for (int r0 = 0; r0 < rows; r0 += block) {
-    const int n = imin(block, rows - r0);
+// out = act x m for rows [r0, r0 + n) and panels [first, last).
+inline void matmul_part(const Matrix& m, const Act& act, int r0, int n, int first, int last, float* out, size_t ldo,
+                        Then then) {
 #if defined(NANOGPT_AMX)
-    if (n >= kAmxRows && m.kind == Kind::kI8) {
-      amx_matmul(m, act.data + r0 * act.stride, act.stride, n, first, last,
-                 [&](const int32_t* tile, int ld, int r, int count, int col, int width) {
-                   finish(m, tile, ld, count, col, width, act.scale + r0 + r, out + (r0 + r) * ldo, ldo, then);
-                 });
-      continue;
-    }
-#endif
-    const int groups = (n + kMaxRows - 1) / kMaxRows;
-    for (int p = first; p < last;) {
-      int width = 1;
-      if (kPanelsAtOnce == 4) width = n <= 3 && last - p >= 4 ? 4 : last - p >= 2 ? 2 : 1;
-      for (int g = 0; g < groups; g++) {
-        const int r = n * g / groups, count = n * (g + 1) / groups - r;
-        const uint8_t* a = act.data + (r0 + r) * act.stride;
-        if constexpr (kPanelsAtOnce == 4) {
-          if (width == 4) dot_rows<4, 3>(count, m, a, act.stride, p, sums, 64);
-          if (width == 2) dot_rows<2>(count, m, a, act.stride, p, sums, 64);
-        }
-        if (width == 1) dot_rows<1>(count, m, a, act.stride, p, sums, 64);
-        finish(m, sums, 64, count, p * kLanes, width * kLanes, act.scale + r0 + r, out + (r0 + r) * ldo, ldo, then);
-      }
-      p += width;
-    }
+  if (n >= kAmxRows && m.kind == Kind::kI8) {
+    amx_matmul(m, act.data + r0 * act.stride, act.stride, n, first, last,
+               [&](const int32_t* tile, int ld, int r, int count, int col, int width) {
+                 finish(m, tile, ld, count, col, width, act.scale + r0 + r, out + (r0 + r) * ldo, ldo, then);
+               });
+    return;
   }
+#endif
+  alignas(64) int32_t sums[kMaxRows * 16 * 4];
+  const int groups = (n + kMaxRows - 1) / kMaxRows;
+  for (int p = first; p < last;) {
+    int width = 1;
+    if (kPanelsAtOnce == 4) width = n <= 3 && last - p >= 4 ? 4 : last - p >= 2 ? 2 : 1;
+    for (int g = 0; g < groups; g++) {
+      const int r = r0 + n * g / groups, count = r0 + n * (g + 1) / groups - r;
+      const uint8_t* a = act.data + r * act.stride;
+      if constexpr (kPanelsAtOnce == 4) {
+        if (width == 4) dot_rows<4, 3>(count, m, a, act.stride, act.offset + r, p, sums, 64);
+        if (width == 2) dot_rows<2>(count, m, a, act.stride, act.offset + r, p, sums, 64);
+      }
+      if (width == 1) dot_rows<1>(count, m, a, act.stride, act.offset + r, p, sums, 64);
+      finish(m, sums, 64, count, p * kLanes, width * kLanes, act.scale + r, out + r * ldo, ldo, then);
+    }
+    p += width;
+  }
+}
+
+// out[rows, n] = (the rows that `make` gives) x m. Small batches are prepared by every thread for itself, which is
+// cheaper than a phase; larger ones together.
+template <class Make>
+NG_INLINE void matmul(const Step& s, Cursor& cursor, const Matrix& m, int rows, float* out, size_t ldo, Then then,
+                      const Make& make) {
+  Scratch& scratch = s.scratch[cursor.thread];
+  const bool own = rows <= kOwnRows;
+  float* scale = own ? scratch.act_scale : s.act_scale;
+  int32_t* offset = own ? scratch.act_offset : s.act_offset;
+  const Act act{own ? scratch.act : s.act, s.act_stride, scale, offset};
+#if defined(NANOGPT_AMX)
+  const bool planes = rows >= kAmxRows && m.kind == Kind::kI8;
+#else
+  const bool planes = false;
+#endif
+  if (!own) {
+    const int per_chunk = imax(1, rows / (4 * s.team->size()));
+    phase(s, cursor, (rows + per_chunk - 1) / per_chunk, [&](int chunk) {
+      prepare(m, chunk * per_chunk, imin(rows, (chunk + 1) * per_chunk), planes, s.act, s.act_stride, scale, offset,
+              scratch.row, make);
+    });
+  }
+  // Rows go in blocks whose activations stay in the L2 cache while the weights pass by.
+  const int block = imin(rows, int(round_up<size_t>(1 + kBlockBytes / (2 * size_t(m.k_pad)), kMaxRows)));
+  const int blocks = (rows + block - 1) / block, panels = m.num_panels();
+  // About four chunks a thread, of whole groups of panels: fine enough for a thread that falls behind to be helped.
+  const int width = imax(4, round_up(panels * blocks / (4 * s.team->size()) + 1, 4)), strips = (panels + width - 1) / width;
+  bool prepared = !own;
+  phase(s, cursor, blocks * strips, [&](int chunk) {
+    if (!prepared) prepare(m, 0, rows, planes, scratch.act, s.act_stride, scale, offset, scratch.row, make);
+    prepared = true;
+    const int r0 = rows * (chunk / strips) / blocks, r1 = rows * (chunk / strips + 1) / blocks;
+    const int first = chunk % strips * width;
+    matmul_part(m, act, r0, r1 - r0, first, imin(panels, first + width), out, ldo, then);
+  });
 }
 
 // The embedding of one token: row `token` of a packed matrix, as floats.
@@ -170,7 +249,7 @@ inline void embedding_row(const Matrix& m, int token, float* out) {
     for (int k = 0; k < m.k; k++) std::memcpy(out + k, panel + (size_t(k) * kLanes + c) * 4, 4);
   } else if (m.kind == Kind::kI8) {
     const float scale = m.scale[token];
-    for (int k = 0; k < m.k; k++) out[k] = float(int8_t(panel[size_t(k / 4) * 64 + c * 4 + k % 4])) * scale;
+    for (int k = 0; k < m.k; k++) out[k] = float(int(panel[size_t(k / 4) * 64 + c * 4 + k % 4]) - 128) * scale;
   } else {
     for (int k = 0; k < m.k; k++) {
       const uint8_t* group = panel + size_t(k / kGroup) * kGroupBytes;
@@ -209,8 +288,7 @@ inline void write_kv(const Step& s, int layer, int row, int head) {
     return;
   }
   float* k_scale = reinterpret_cast<float*>(leaf + kv.k_bytes + kv.v_bytes);
-  int32_t* k_sum = reinterpret_cast<int32_t*>(k_scale + kLeafTokens);
-  float* v_scale = k_scale + 2 * kLeafTokens;
+  float* v_scale = k_scale + kLeafTokens;
   auto largest = [&](const float* x) {
     F32 m = splat(0.0f);
     int i = 0;
@@ -229,27 +307,22 @@ inline void write_kv(const Step& s, int layer, int row, int head) {
     store(out, round_to_int(load(padded) * inverse));
   };
   alignas(64) int32_t q[16];
-  int8_t* kt = reinterpret_cast<int8_t*>(leaf) + size_t(t / 16) * kv.dk * 16 + t % 16 * 4;
+  uint8_t* kt = leaf + size_t(t / 16) * kv.dk * 16 + t % 16 * 4;
   float top = largest(k);
-  bool some = top > 1e-30f;
+  bool some = top > kTiny;
   F32 inverse = splat(some ? 127.0f / top : 0.0f);
-  int32_t total = 0;
   for (int i = 0; i < kv.d; i += 16) {
     quantized(k, i, inverse, q);
-    for (int j = 0; j < imin(16, kv.dk - i); j++) {
-      kt[(i + j) / 4 * 64 + j % 4] = int8_t(q[j]);
-      total += int8_t(q[j]);
-    }
+    for (int j = 0; j < imin(16, kv.dk - i); j++) kt[(i + j) / 4 * 64 + j % 4] = uint8_t(q[j] + 128);
   }
   k_scale[t] = some ? top / 127.0f : 0.0f;
-  k_sum[t] = total;
-  int8_t* vt = reinterpret_cast<int8_t*>(leaf + kv.k_bytes) + t / 4 * 64 + t % 4;
+  uint8_t* vt = leaf + kv.k_bytes + t / 4 * 64 + t % 4;
   top = largest(v);
-  some = top > 1e-30f;
+  some = top > kTiny;
   inverse = splat(some ? 127.0f / top : 0.0f);
   for (int i = 0; i < kv.d; i += 16) {
     quantized(v, i, inverse, q);
-    for (int j = 0; j < 16; j++) vt[size_t(i) * kLeafTokens + j * 4] = int8_t(q[j]);
+    for (int j = 0; j < 16; j++) vt[size_t(i) * kLeafTokens + j * 4] = uint8_t(q[j] + 128);
   }
   v_scale[t] = some ? top / 127.0f : 0.0f;
 }
@@ -257,10 +330,9 @@ inline void write_kv(const Step& s, int layer, int row, int head) {
 // One head of a leaf: scores' sums of R queries with its 64 tokens / the tokens' weights with its V.
 template <int R = kMaxRows>
 NG_INLINE void leaf_scores(int rows, const KvGeometry& kv, const uint8_t* q, size_t q_stride, int plane,
-                           const uint8_t* leaf, int panels, int32_t* out, int ld) {
+                           const int32_t* offsets, const uint8_t* leaf, int panels, int32_t* out, int ld) {
   if constexpr (R > 0) {
-    if (rows != R) return leaf_scores<R - 1>(rows, kv, q, q_stride, plane, leaf, panels, out, ld);
-    const int32_t* sums = reinterpret_cast<const int32_t*>(leaf + kv.k_bytes + kv.v_bytes) + kLeafTokens;
+    if (rows != R) return leaf_scores<R - 1>(rows, kv, q, q_stride, plane, offsets, leaf, panels, out, ld);
     int p = 0;
     constexpr int kWide = kPanelsAtOnce == 4 ? (R <= 3 ? 4 : 2) : 1;
     for (; p + kWide <= panels; p += kWide) {
@@ -269,22 +341,22 @@ NG_INLINE void leaf_scores(int rows, const KvGeometry& kv, const uint8_t* q, siz
         dot_f32<R, kWide>((const float*)q, q_stride / 4, (const float*)w, kv.k_bytes / 16, kv.d,
                           (float*)out + 16 * p, ld, false);
       else
-        dot_i8<R, kWide>(q, q_stride, plane, w, kv.k_bytes / 4, kv.dk / 4, sums + 16 * p, out + 16 * p, ld, false);
+        dot_15<R, kWide>(q, q_stride, plane, w, kv.k_bytes / 4, kv.dk / 4, offsets, out + 16 * p, ld, false);
     }
     for (; p < panels; p++) {
       const uint8_t* w = leaf + p * (kv.k_bytes / 4);
       if (kv.f32)
         dot_f32<R, 1>((const float*)q, q_stride / 4, (const float*)w, 0, kv.d, (float*)out + 16 * p, ld, false);
       else
-        dot_i8<R, 1>(q, q_stride, plane, w, 0, kv.dk / 4, sums + 16 * p, out + 16 * p, ld, false);
+        dot_15<R, 1>(q, q_stride, plane, w, 0, kv.dk / 4, offsets, out + 16 * p, ld, false);
     }
   }
 }
 template <int R = kMaxRows>
 NG_INLINE void leaf_values(int rows, const KvGeometry& kv, const uint8_t* p, size_t p_stride, int plane,
-                           const uint8_t* leaf, int tokens, int32_t* out, int ld, bool add) {
+                           const int32_t* offsets, const uint8_t* leaf, int tokens, int32_t* out, int ld, bool add) {
   if constexpr (R > 0) {
-    if (rows != R) return leaf_values<R - 1>(rows, kv, p, p_stride, plane, leaf, tokens, out, ld, add);
+    if (rows != R) return leaf_values<R - 1>(rows, kv, p, p_stride, plane, offsets, leaf, tokens, out, ld, add);
     const uint8_t* w = leaf + kv.k_bytes;
     const int kq = (tokens + 3) / 4;
     int c = 0;
@@ -295,14 +367,14 @@ NG_INLINE void leaf_values(int rows, const KvGeometry& kv, const uint8_t* p, siz
         dot_f32<R, kWide>((const float*)p, p_stride / 4, (const float*)(w + c / 16 * stride), stride / 4, tokens,
                           (float*)out + c, ld, add);
       else
-        dot_i8<R, kWide>(p, p_stride, plane, w + c / 16 * stride, stride, kq, nullptr, out + c, ld, add);
+        dot_15<R, kWide>(p, p_stride, plane, w + c / 16 * stride, stride, kq, offsets, out + c, ld, add);
     }
     for (; c < kv.dv; c += 16) {
       if (kv.f32)
         dot_f32<R, 1>((const float*)p, p_stride / 4, (const float*)(w + c / 16 * stride), 0, tokens, (float*)out + c,
                       ld, add);
       else
-        dot_i8<R, 1>(p, p_stride, plane, w + c / 16 * stride, 0, kq, nullptr, out + c, ld, add);
+        dot_15<R, 1>(p, p_stride, plane, w + c / 16 * stride, 0, kq, offsets, out + c, ld, add);
     }
   }
 }
@@ -310,9 +382,8 @@ NG_INLINE void leaf_values(int rows, const KvGeometry& kv, const uint8_t* p, siz
 // The weights of one row's tokens [0, n): softmax without its division, quantized for the product with V.
 // `scores` holds sums on entry. Returns the factor of the product.
 inline float soft_weights(const Step& s, int slot, int layer, int head, float q_scale, int n, float* scores,
-                          uint8_t* out, int plane) {
+                          uint8_t* out, int plane, int32_t* offset) {
   const KvGeometry& kv = s.kv;
-  const int padded = round_up(n, 4);
   F32 top = splat(-__builtin_inff());
   for (int t = 0; t < n; t += 16) {
     F32 y;
@@ -335,7 +406,7 @@ inline float soft_weights(const Step& s, int slot, int layer, int head, float q_
     total = total + e;
     if (!kv.f32) {
       const float* v_scale = reinterpret_cast<const float*>(leaf_at(s, slot, t / kLeafTokens, layer, head) +
-                                                            kv.k_bytes + kv.v_bytes) + 2 * kLeafTokens;
+                                                            kv.k_bytes + kv.v_bytes) + kLeafTokens;
       // Past n the scale may be anything: the mask comes last.
       e = e * load(v_scale + t % kLeafTokens);
       if (n - t < 16) e = select(less(iota(), splat(int32_t(n - t))), e, splat(0.0f));
@@ -350,9 +421,15 @@ inline float soft_weights(const Step& s, int slot, int layer, int head, float q_
   }
   // n * limit * 127 < 2^31: the product with V is exact however long the context is.
   const float limit = float(imin(kActMax, 16909320 / n)), highest_weight = max_lane(largest);
-  const bool some = highest_weight > 1e-30f;
+  const bool some = highest_weight > kTiny;
   const F32 inverse = splat(some ? limit / highest_weight : 0.0f);
-  for (int t = 0; t < padded; t += 16) put<false>(out, plane, t, round_to_int(load(scores + t) * inverse));
+  I32 weights = splat(int32_t(0));
+  for (int t = 0; t < n; t += 16) {
+    const I32 a = round_to_int(load(scores + t) * inverse);
+    weights = weights + a;
+    put(out, plane, t, a);
+  }
+  *offset = int32_t(uint32_t(sum(weights)) * 128u);
   return some ? highest_weight / limit / denominator : 0.0f;
 }
 
@@ -370,6 +447,7 @@ inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch)
     for (int row0 = task.row0; row0 < task.row1; row0 += kMaxRows) {
       const int rows = imin(kMaxRows, task.row1 - row0);
       float q_scale[kMaxRows];
+      int32_t offsets[kMaxRows] = {};
       for (int r = 0; r < rows; r++) {
         float* padded = scratch.row;
         std::memcpy(padded, s.qkv + (row0 + r) * s.ldqkv + head * kv.d, sizeof(float) * kv.d);
@@ -377,25 +455,27 @@ inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch)
         uint8_t* to = scratch.att_act + r * q_stride;
         const int limit = imin(kActMax, 16909320 / kv.d);
         if (kv.f32) std::memcpy(to, padded, sizeof(float) * kv.d);
-        q_scale[r] = kv.f32 ? root : quantize_row(padded, kv.d, q_plane, limit, to) * root;
+        q_scale[r] = kv.f32 ? root : quantize_15(padded, kv.d, q_plane, limit, to, offsets + r) * root;
       }
       const int longest = s.positions[row0 + rows - 1] + 1;
       for (int t = 0; t < longest; t += kLeafTokens)
-        leaf_scores(rows, kv, scratch.att_act, q_stride, q_plane, leaf_at(s, span.slot, t / kLeafTokens, layer, head),
-                    imin(4, (longest - t + 15) / 16), reinterpret_cast<int32_t*>(scratch.scores) + t, ld);
+        leaf_scores(rows, kv, scratch.att_act, q_stride, q_plane, offsets,
+                    leaf_at(s, span.slot, t / kLeafTokens, layer, head), imin(4, (longest - t + 15) / 16), reinterpret_cast<int32_t*>(scratch.scores) + t, ld);
       float factor[kMaxRows];
       for (int r = 0; r < rows; r++) {
         const int n = s.positions[row0 + r] + 1;
         uint8_t* to = scratch.att_act + r * p_stride;
-        factor[r] = soft_weights(s, span.slot, layer, head, q_scale[r], n, scratch.scores + size_t(r) * ld, to, p_plane);
+        factor[r] = soft_weights(s, span.slot, layer, head, q_scale[r], n, scratch.scores + size_t(r) * ld, to, p_plane,
+                                 offsets + r);
         // Later rows of the block see more tokens: for this one they weigh nothing.
         for (int t = round_up(n, 16); t < round_up(longest, 16); t += 16) {
           if (kv.f32) store(reinterpret_cast<float*>(to) + t, splat(0.0f));
-          else put<false>(to, p_plane, t, splat(int32_t(0)));
+          else put(to, p_plane, t, splat(int32_t(0)));
         }
       }
       for (int t = 0; t < longest; t += kLeafTokens)
-        leaf_values(rows, kv, scratch.att_act + size_t(t) * (kv.f32 ? 4 : kPlanes ? 1 : 2), p_stride, p_plane,
+        leaf_values(rows, kv, scratch.att_act + size_t(t) * (kv.f32 ? 4 : kBytes ? 1 : 2), p_stride, p_plane,
+                    offsets,
                     leaf_at(s, span.slot, t / kLeafTokens, layer, head), imin(kLeafTokens, longest - t),
                     reinterpret_cast<int32_t*>(scratch.out), kv.dv, t > 0);
       for (int r = 0; r < rows; r++) {
@@ -413,67 +493,54 @@ inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch)
 
 // ---- the model ------------------------------------------------------------------------------------------------------
 
-inline void forward(const Step& s, int thread) {
+inline void forward(const Step& s, Cursor cursor) {
   const Weights& w = *s.weights;
   const Config& c = w.config;
-  const int threads = s.team->size(), rows = s.num_rows;
+  const int rows = s.num_rows, row_chunks = imin(rows, 4 * s.team->size());
   const Then gelu = c.erf ? Then::kGeluErf : Then::kGeluTanh;
 #if defined(NANOGPT_AMX)
   AmxTiles tiles;
 #endif
-  for (int r = rows * thread / threads; r < rows * (thread + 1) / threads; r++) {
-    float* x = s.x + r * s.ldx;
-    const float* p = w.wpe + size_t(s.positions[r]) * round_up(c.n_embd, kDepth);
-    embedding_row(w.wte, s.tokens[r], x);
-    for (int i = 0; i < c.n_embd; i++) x[i] = x[i] + p[i];
-  }
-  s.team->barrier();
+  phase(s, cursor, row_chunks, [&](int chunk) {
+    for (int r = rows * chunk / row_chunks; r < rows * (chunk + 1) / row_chunks; r++) {
+      float* x = s.x + r * s.ldx;
+      const float* p = w.wpe + size_t(s.positions[r]) * round_up(c.n_embd, kDepth);
+      embedding_row(w.wte, s.tokens[r], x);
+      for (int i = 0; i < c.n_embd; i++) x[i] = x[i] + p[i];
+    }
+  });
   for (int i = 0; i < c.n_layer; i++) {
     const Layer& layer = w.layers[i];
-    auto norm_1 = [&](int r, float* out) {
+    matmul(s, cursor, layer.qkv, rows, s.qkv, s.ldqkv, Then::kStore, [&](int r, float* out) {
       layer_norm(s.x + r * s.ldx, c.n_embd, layer.ln1_w, layer.ln1_b, c.eps, out);
       return out;
-    };
-    matmul(s, thread, layer.qkv, prepare(s, thread, rows, layer.qkv, norm_1), rows, s.qkv, s.ldqkv, Then::kStore);
-    s.team->barrier();
+    });
     if (s.any_kv_first) {
-      for (int r = rows * thread / threads; r < rows * (thread + 1) / threads; r++)
-        if (s.spans[s.row_span[r]].kv_first)
-          for (int head = 0; head < c.n_head; head++) write_kv(s, i, r, head);
-      s.team->barrier();
+      phase(s, cursor, row_chunks, [&](int chunk) {
+        for (int r = rows * chunk / row_chunks; r < rows * (chunk + 1) / row_chunks; r++)
+          if (s.spans[s.row_span[r]].kv_first)
+            for (int head = 0; head < c.n_head; head++) write_kv(s, i, r, head);
+      });
     }
-    for (;;) {
-      const int t = __atomic_fetch_add(s.task_counters + i, 1, __ATOMIC_RELAXED);
-      if (t >= s.num_tasks) break;
-      attend(s, i, s.tasks[t], s.scratch[thread]);
-    }
-    s.team->barrier();
-    auto attended = [&](int r, float*) { return s.att + r * s.ldx; };
-    matmul(s, thread, layer.proj, prepare(s, thread, rows, layer.proj, attended), rows, s.x, s.ldx, Then::kAdd);
-    s.team->barrier();
-    auto norm_2 = [&](int r, float* out) {
+    phase(s, cursor, s.num_tasks, [&](int task) { attend(s, i, s.tasks[task], s.scratch[cursor.thread]); });
+    matmul(s, cursor, layer.proj, rows, s.x, s.ldx, Then::kAdd, [&](int r, float*) { return s.att + r * s.ldx; });
+    matmul(s, cursor, layer.fc, rows, s.h, s.ldh, gelu, [&](int r, float* out) {
       layer_norm(s.x + r * s.ldx, c.n_embd, layer.ln2_w, layer.ln2_b, c.eps, out);
       return out;
-    };
-    matmul(s, thread, layer.fc, prepare(s, thread, rows, layer.fc, norm_2), rows, s.h, s.ldh, gelu);
-    s.team->barrier();
-    auto hidden = [&](int r, float*) { return s.h + r * s.ldh; };
-    matmul(s, thread, layer.fc_proj, prepare(s, thread, rows, layer.fc_proj, hidden), rows, s.x, s.ldx, Then::kAdd);
-    s.team->barrier();
+    });
+    matmul(s, cursor, layer.fc_proj, rows, s.x, s.ldx, Then::kAdd, [&](int r, float*) { return s.h + r * s.ldh; });
   }
 }
 
-inline void head(const Step& s, int thread) {
+inline void head(const Step& s, Cursor cursor) {
   const Weights& w = *s.weights;
 #if defined(NANOGPT_AMX)
   AmxTiles tiles;
 #endif
-  auto norm = [&](int r, float* out) {
+  matmul(s, cursor, w.head, s.num_out, s.logits, s.ld_logits, Then::kStore, [&](int r, float* out) {
     layer_norm(s.x + s.out_rows[r] * s.ldx, w.config.n_embd, w.lnf_w, w.lnf_b, w.config.eps, out);
     return out;
-  };
-  matmul(s, thread, w.head, prepare(s, thread, s.num_out, w.head, norm), s.num_out, s.logits, s.ld_logits,
-         Then::kStore);
+  });
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ void Layout::add(const std::string& name, bool is_matrix, Kind kind, int n, int 
   Entry entry{name, is_matrix, kind, n, k, bytes_, 0};
   if (is_matrix) {
     const size_t n_pad = round_up(n, kLanes);
-    entry.bytes = n_pad / kLanes * panel_bytes(kind, round_up(k, kDepth)) + 3 * n_pad * sizeof(float) + 64;
+    entry.bytes = n_pad / kLanes * panel_bytes(kind, round_up(k, kDepth)) + 2 * n_pad * sizeof(float) + 64;
   } else {
     entry.bytes = size_t(n) * round_up(k, kDepth) * sizeof(float);
   }
@@ -58,8 +58,7 @@ Matrix matrix_at(const Entry& e, const uint8_t* base) {
   m.panel_bytes = panel_bytes(e.kind, m.k_pad);
   m.data = base + e.offset;
   m.scale = reinterpret_cast<const float*>(m.data + m.panel_bytes * m.num_panels());
-  m.sums = reinterpret_cast<const int32_t*>(m.scale + m.n_pad);
-  m.bias = reinterpret_cast<const float*>(m.sums + m.n_pad);
+  m.bias = m.scale + m.n_pad;
   const int32_t act_max = *reinterpret_cast<const int32_t*>(m.bias + m.n_pad);
   m.act_max = act_max < 1 ? 1 : act_max > kActMax ? kActMax : act_max;  // a damaged file must not matter
   return m;
@@ -98,8 +97,8 @@ KvGeometry::KvGeometry(const Config& c, bool f32_) : f32(f32_), n_layer(c.n_laye
   const size_t element = f32 ? sizeof(float) : 1;
   k_bytes = element * kLeafTokens * dk;
   v_bytes = element * kLeafTokens * dv;
-  // int8 leaves end in three arrays of 64: scales of K, sums of K, scales of V.
-  leaf_bytes = round_up<size_t>(k_bytes + v_bytes + (f32 ? 0 : 3 * kLeafTokens * sizeof(float)), 64);
+  // int8 leaves end in two arrays of 64: scales of K, scales of V.
+  leaf_bytes = round_up<size_t>(k_bytes + v_bytes + (f32 ? 0 : 2 * kLeafTokens * sizeof(float)), 64);
   block_bytes = leaf_bytes * n_head * n_layer;
   num_blocks = (c.block_size + kLeafTokens - 1) / kLeafTokens;
   slot_bytes = round_up<size_t>(block_bytes * num_blocks, 4096);

@@ -17,10 +17,11 @@ namespace nanogpt {
 
 constexpr int kLanes = 16;           // columns of a panel, and lanes of every float sum
 constexpr int kDepth = 64;           // inputs are padded to this
-constexpr int kGroup = 64;           // inputs that share an int4 scale
+constexpr int kGroup = 64;           // inputs that share an exponent, or an int4 scale
 constexpr int kLeafTokens = 64;      // tokens of one K/V leaf
-constexpr int kActMax = 16383;       // activations are quantized to 15 bits
-constexpr size_t kGroupBytes = 576;  // an int4 group of a panel: 512 of weights, 16 bf16 scales, 16 int16 sums
+constexpr int kActMax = 16383;       // activations are integers of 15 bits with the sign
+constexpr size_t kGroupBytes = 544;  // an int4 group of a panel: 512 of weights, 16 bf16 scales
+constexpr size_t kGroupInfoBytes = 8;  // an activation row's exponent and sum of a group (dot.h)
 
 template <class T>
 constexpr T round_up(T value, T unit) {
@@ -36,9 +37,8 @@ struct Config {
   int head_size() const { return n_embd / n_head; }
 };
 
-// A packed matrix. `sums` are the columns' sums of int8 weights: instruction sets that want unsigned activations
-// add an offset to them and take offset * sum off again. `act_max` is how large a quantized activation may be for
-// the int32 sum to be exact whatever the input (see pack.cc).
+// A packed matrix. `act_max` is how large a quantized activation may be for the int32 sum to be exact whatever the
+// input is (see pack.cc).
 struct Matrix {
   Kind kind = Kind::kI8;
   int n = 0, k = 0, n_pad = 0, k_pad = 0;
@@ -46,7 +46,6 @@ struct Matrix {
   size_t panel_bytes = 0;
   const uint8_t* data = nullptr;
   const float* scale = nullptr;
-  const int32_t* sums = nullptr;
   const float* bias = nullptr;
   int num_panels() const { return n_pad / kLanes; }
 };
@@ -63,7 +62,7 @@ struct Weights {
   Matrix wte, head;  // the same when tied
 };
 
-// One named piece of the packed buffer. A matrix has its weights at `offset`, then scale, sums, bias, act_max.
+// One named piece of the packed buffer. A matrix has its weights at `offset`, then scale, bias, act_max.
 struct Entry {
   std::string name;
   bool is_matrix;
@@ -95,7 +94,7 @@ Matrix matrix_at(const Entry& entry, const uint8_t* base);
 
 // K and V of one slot: blocks of 64 tokens, so that memory is touched as a sequence grows; in a block every layer,
 // in a layer every head. A leaf is one head's 64 tokens: K as four panels of 16 tokens, V as panels of 16 channels,
-// then the tokens' scales (and sums of K).
+// then the tokens' scales.
 struct KvGeometry {
   bool f32 = false;
   int n_layer = 0, n_head = 0, d = 0, dk = 0, dv = 0, num_blocks = 0;

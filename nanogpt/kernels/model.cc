@@ -43,12 +43,13 @@ Model::Model(const Config& config, const std::vector<Kind>& kinds, const uint8_t
   kv_base_ = static_cast<uint8_t*>(memory);
   const size_t widest = round_up(std::max({config.n_embd, config.n_inner}), kDepth);
   const size_t context = round_up(config.block_size, kDepth), element = kv_.f32 ? 4 : 2;
-  const size_t act_row = widest * element;
+  const size_t act_row = widest * element + widest / kGroup * kGroupInfoBytes;
   auto carve = [&](Carver c) {
     for (Scratch& s : scratch_) {
       s.row = c.take<float>(widest + 64);
       s.act = c.take<uint8_t>(kOwnRows * act_row);
       s.act_scale = c.take<float>(kOwnRows);
+      s.act_offset = c.take<int32_t>(kOwnRows);
       s.scores = c.take<float>(kScratchRows * context);
       s.att_act = c.take<uint8_t>(kScratchRows * std::max(context, size_t(round_up(kv_.dk, kDepth))) * element);
       s.out = c.take<float>(size_t(kScratchRows) * kv_.dv);
@@ -58,7 +59,6 @@ Model::Model(const Config& config, const std::vector<Kind>& kinds, const uint8_t
   scratch_.resize(threads);
   thread_memory_ = std::make_unique<uint8_t[]>(carve({nullptr}) + 64);
   carve({aligned(thread_memory_.get())});
-  counters_.resize(config.n_layer);
   step_.weights = &weights_;
   step_.kv = kv_;
   step_.kv_base = kv_base_;
@@ -72,6 +72,7 @@ Model::Model(const Config& config, const std::vector<Kind>& kinds, const uint8_t
 }
 
 Model::~Model() {
+  team_.quiesce();
   if (kv_base_) munmap(kv_base_, kv_bytes_);
 }
 
@@ -84,8 +85,10 @@ void Model::reserve(int rows) {
     step_.h = c.take<float>(rows * step_.ldh);
     step_.act = c.take<uint8_t>(rows * step_.act_stride);
     step_.act_scale = c.take<float>(rows);
+    step_.act_offset = c.take<int32_t>(rows);
     return c.used;
   };
+  team_.quiesce();
   // Zero, because the columns between a width and its multiple of 64 are read and never written.
   rows_memory_.reset();
   rows_memory_ = std::make_unique<uint8_t[]>(carve({nullptr}) + 64);
@@ -139,7 +142,6 @@ void Model::forward(const BatchView& batch) {
   }
   reserve(rows);
   make_tasks();
-  std::fill(counters_.begin(), counters_.end(), 0);
   step_.num_rows = rows;
   step_.tokens = batch.token_ids;
   step_.positions = positions_.data();
@@ -148,18 +150,20 @@ void Model::forward(const BatchView& batch) {
   step_.spans = spans_.data();
   step_.num_tasks = int(tasks_.size());
   step_.tasks = tasks_.data();
-  step_.task_counters = counters_.data();
-  if (rows) team_.run([&](int thread) { isa_->forward(step_, thread); });
+  if (rows) team_.run(step_, isa_->forward);
 }
 
 const float* Model::head(const int32_t* rows, int num_rows) {
   for (int i = 0; i < num_rows; i++)
     if (rows[i] < 0 || rows[i] >= step_.num_rows) throw std::out_of_range("a row is not in the last batch");
-  if (logits_.size() < num_rows * ld_logits()) logits_.resize(num_rows * ld_logits());
+  if (logits_.size() < num_rows * ld_logits()) {
+    team_.quiesce();
+    logits_.resize(num_rows * ld_logits());
+  }
   step_.num_out = num_rows;
   step_.out_rows = rows;
   step_.logits = logits_.data();
-  if (num_rows) team_.run([&](int thread) { isa_->head(step_, thread); });
+  if (num_rows) team_.run(step_, isa_->head);
   return logits_.data();
 }
 

@@ -53,7 +53,7 @@ class Model {
   int reserved_rows_ = 0;
   std::unique_ptr<uint8_t[]> rows_memory_, thread_memory_;
   std::vector<float> logits_;
-  std::vector<int32_t> positions_, row_span_, counters_;
+  std::vector<int32_t> positions_, row_span_;
   std::vector<Span> spans_;
   std::vector<Task> tasks_;
   std::vector<Scratch> scratch_;

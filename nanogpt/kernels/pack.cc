@@ -32,20 +32,17 @@ int nearest(float x) {
 }
 
 // One row as int8 into column `c` of its panel. Returns the sum of the integers' sizes.
-int64_t pack_row_i8(const float* x, int k, uint8_t* panel, int c, float* scale, int32_t* sum) {
+int64_t pack_row_i8(const float* x, int k, uint8_t* panel, int c, float* scale) {
   const float top = largest(x, k);
   const bool some = top > 1e-30f;
   const float inverse = some ? 127.0f / top : 0.0f;
   *scale = some ? top / 127.0f : 0.0f;
   int64_t size = 0;
-  int32_t total = 0;
   for (int i = 0; i < k; i++) {
     const int q = nearest(x[i] * inverse);
-    panel[size_t(i / 4) * 64 + c * 4 + i % 4] = uint8_t(int8_t(q));
-    total += q;
+    panel[size_t(i / 4) * 64 + c * 4 + i % 4] = uint8_t(q + 128);
     size += q < 0 ? -q : q;
   }
-  *sum = total;
   return size;
 }
 
@@ -74,19 +71,15 @@ void pack_row_i4(const float* x, int k, uint8_t* panel, int c) {
     uint8_t* group = panel + size_t(first / kGroup) * kGroupBytes;
     const int n = std::min(kGroup, k - first);
     const float scale = group_scale(x + first, n);
-    int sum = 0;
     for (int i = 0; i < kGroup; i++) {
       const int q = i < n && scale > 0 ? std::clamp(nearest(x[first + i] / scale), -8, 7) : 0;
-      sum += q;
       uint8_t& byte = group[(i % 32) / 4 * 64 + c * 4 + i % 4];
       byte = i < 32 ? uint8_t(q + 8) : uint8_t(byte | (q + 8) << 4);
     }
     uint32_t bits;
     std::memcpy(&bits, &scale, 4);
     const uint16_t half = uint16_t(bits >> 16);
-    const int16_t small = int16_t(sum);
     std::memcpy(group + 512 + 2 * c, &half, 2);
-    std::memcpy(group + 544 + 2 * c, &small, 2);
   }
 }
 
@@ -97,7 +90,6 @@ void pack_matrix(const Entry& e, const float* weight, const float* bias, uint8_t
   std::memset(to + e.offset, 0, e.bytes);
   uint8_t* data = to + e.offset;
   float* scale = const_cast<float*>(m.scale);
-  int32_t* sums = const_cast<int32_t*>(m.sums);
   std::atomic<int> next{0};
   std::atomic<int64_t> largest_size{1};
   auto work = [&] {
@@ -112,7 +104,7 @@ void pack_matrix(const Entry& e, const float* weight, const float* bias, uint8_t
             for (int k = 0; k < m.k; k++) std::memcpy(panel + (size_t(k) * kLanes + c) * 4, x + k, 4);
         } else if (m.kind == Kind::kI8) {
           if (!x) continue;
-          const int64_t size = pack_row_i8(x, m.k, panel, c, scale + row, sums + row);
+          const int64_t size = pack_row_i8(x, m.k, panel, c, scale + row);
           int64_t seen = largest_size.load();
           while (seen < size && !largest_size.compare_exchange_weak(seen, size)) {
           }
@@ -130,7 +122,8 @@ void pack_matrix(const Entry& e, const float* weight, const float* bias, uint8_t
   if (bias) std::memcpy(const_cast<float*>(m.bias), bias, sizeof(float) * m.n);
   // A sum of products is at most (the largest activation) x (sum of the weights' sizes): with this limit on
   // activations int32 holds it, for any input. It binds (under 15 bits) only where a row's weights are all large.
-  const int32_t act_max = int32_t(std::min<int64_t>(kActMax, INT32_MAX / largest_size.load()));
+  // The 128 is what rounding to a shared exponent may add.
+  const int32_t act_max = int32_t(std::clamp<int64_t>(INT32_MAX / largest_size.load() - 128, 1, kActMax));
   std::memcpy(const_cast<float*>(m.bias + m.n_pad), &act_max, 4);
 }
 

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -39,6 +40,18 @@ struct F32 {
 struct I32 {
   NativeU v[kParts];  // unsigned: sums wrap, by definition
 };
+
+// body(0), body(1) .. body(N - 1) with constants for arguments: arrays that are indexed in it stay in registers, which
+// GCC does not manage for unrolled loops.
+template <class Body, int... I>
+NG_INLINE void each_of(std::integer_sequence<int, I...>, const Body& body) {
+  (body(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class Body>
+NG_INLINE void each(const Body& body) {
+  each_of(std::make_integer_sequence<int, N>{}, body);
+}
+#define NG_BODY(i) [&](auto i) __attribute__((always_inline))
 
 #define NG_LANES for (int i = 0; i < kParts; i++)
 
@@ -95,6 +108,11 @@ NG_INLINE I32 shift_left(const I32& a, int n) {
 NG_INLINE I32 shift_right(const I32& a, int n) {  // logical
   I32 r;
   NG_LANES r.v[i] = a.v[i] >> n;
+  return r;
+}
+NG_INLINE I32 shift_right_signed(const I32& a, int n) {
+  I32 r;
+  NG_LANES r.v[i] = (NativeU)((NativeI)a.v[i] >> n);
   return r;
 }
 NG_INLINE I32 bits(const F32& a) {
@@ -172,6 +190,35 @@ NG_INLINE float max_lane(const F32& a) {
   for (int half = 8; half; half /= 2)
     for (int i = 0; i < half; i++) t[i] = t[i] > t[i + half] ? t[i] : t[i + half];
   return t[0];
+}
+
+// Sums and disjunctions of integers: any order gives the same.
+NG_INLINE int32_t sum(const I32& a) {
+  NativeU t = a.v[0];
+  for (int i = 1; i < kParts; i++) t += a.v[i];
+  uint32_t total = 0;
+  for (int i = 0; i < kNative; i++) total += t[i];
+  return int32_t(total);
+}
+NG_INLINE uint32_t any_bit(const I32& a) {
+  NativeU t = a.v[0];
+  for (int i = 1; i < kParts; i++) t |= a.v[i];
+  uint32_t total = 0;
+  for (int i = 0; i < kNative; i++) total |= t[i];
+  return total;
+}
+NG_INLINE I32 abs(const I32& a) {
+  I32 r;
+  NG_LANES {
+    const NativeU sign = (NativeU)((NativeI)a.v[i] >> 31);
+    r.v[i] = (a.v[i] ^ sign) - sign;
+  }
+  return r;
+}
+NG_INLINE I32 select(const I32& mask, const I32& yes, const I32& no) {
+  I32 r;
+  NG_LANES r.v[i] = (yes.v[i] & mask.v[i]) | (no.v[i] & ~mask.v[i]);
+  return r;
 }
 
 // To the nearest integer, ties to even, for |a| < 2^22: adding 1.5 * 2^23 leaves the integer in the low bits.

@@ -25,6 +25,7 @@ struct Scratch {
   float* row;      // one row of floats, the widest matrix input
   uint8_t* act;    // quantized rows of its own: small batches are prepared by every thread for itself
   float* act_scale;
+  int32_t* act_offset;
   float* scores;   // kScratchRows rows of block_size
   uint8_t* att_act;
   float* out;      // kScratchRows rows of a head's output
@@ -46,7 +47,6 @@ struct Step {
   int num_tasks;
   const Task* tasks;
   bool any_kv_first;
-  int32_t* task_counters;  // one a layer, zero at the start
   int num_out;             // rows whose logits are wanted
   const int32_t* out_rows;
   float* logits;
@@ -56,14 +56,15 @@ struct Step {
   uint8_t* act;
   size_t act_stride;
   float* act_scale;
+  int32_t* act_offset;
   Scratch* scratch;  // one a thread
   Team* team;
 };
 
 struct Isa {
   const char* name;
-  void (*forward)(const Step& step, int thread);  // all layers; then, for num_out rows, the final norm's output in x
-  void (*head)(const Step& step, int thread);     // logits of rows already in x (rows 0 .. num_out)
+  Team::Job forward;  // all layers
+  Team::Job head;     // logits of out_rows of the last forward
 };
 
 }  // namespace nanogpt
