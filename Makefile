@@ -3,12 +3,12 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check -q install
 
 # pip's indexes, certificates and proxies come from its own configuration. The two variables pin what builds the
 # package as well: before pip 25.3 the first one reaches into the isolated build, since then the second does.
-export PIP_CONSTRAINT       := $(strip $(PIP_CONSTRAINT) constraints.txt)
-export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+CONSTRAINTS := $(strip $(PIP_CONSTRAINT) constraints.txt)
+PIP := PIP_CONSTRAINT="$(CONSTRAINTS)" PIP_BUILD_CONSTRAINT="$(CONSTRAINTS)" \
+    $(BIN)/python -m pip --disable-pip-version-check -q install
 
 # What a new installation depends on. It is editable: a change of a Python file needs none.
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shell find nanogpt -path '*/kernels/*' -type f)
@@ -53,7 +53,7 @@ test-lowest: $(VENV)/.installed-dev ## Run the unit tests with the oldest versio
 
 constraints: ## Write constraints.txt anew with the newest versions that pip finds (PyTorch stays)
 	rm -rf build/constraints && $(PYTHON) -m venv build/constraints
-	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT build/constraints/bin/python -m pip -q install '.[dev]' $(shell grep ^torch== constraints.txt)
+	build/constraints/bin/python -m pip -q install '.[dev]' $(shell grep ^torch== constraints.txt)
 	build/constraints/bin/python tools/constraints.py > constraints.txt.new && mv constraints.txt.new constraints.txt
 
 services: ## Install the system packages that the tests use (root on Debian or Ubuntu; says so otherwise)

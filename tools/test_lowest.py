@@ -6,7 +6,6 @@ pinned versions: users choose the former never and the latter by their hardware.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -24,14 +23,13 @@ def main() -> int:
     pinned = dict(re.findall(r"^([\w-]+)==([^\s;]+)", (ROOT / "constraints.txt").read_text(), re.M))
     core = requirements(lowest=True)
     print("lowest:", ", ".join(core), flush=True)
-    environment = {key: value for key, value in os.environ.items() if "CONSTRAINT" not in key}
     with tempfile.TemporaryDirectory(prefix="nanogpt-lowest-") as folder:
         venv.create(folder, with_pip=True)
         python = f"{folder}/bin/python"
         install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-        subprocess.run([*install, *core, *(f"{tool}=={pinned[tool]}" for tool in TOOLS)], check=True, env=environment)
+        subprocess.run([*install, *core, *(f"{tool}=={pinned[tool]}" for tool in TOOLS)], check=True)
         arguments = sys.argv[1:] or ["tests/unit"]
-        return subprocess.run([python, "-m", "pytest", *arguments], cwd=ROOT, env=environment, check=False).returncode
+        return subprocess.run([python, "-m", "pytest", *arguments], cwd=ROOT, check=False).returncode
 
 
 if __name__ == "__main__":
