@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanogpt.cli._arguments import add_setting
+from nanogpt.settings import Settings
+
+if TYPE_CHECKING:
+    from nanogpt.model.config import Activation
 
 HELP = "write a checkpoint as a Hugging Face, nanoGPT or llm.c folder"
 
@@ -18,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="huggingface: config.json, model.safetensors and tokenizer (default); nanogpt: ckpt.pt;"
         " llmc: model.bin, version 3, and its tokenizer file",
     )
-    parser.add_argument("--tokenizer", default="", help="gpt2, or a path to the tokenizer (default: detected)")
+    add_setting(parser.add_argument_group("model"), "tokenizer")
+    parser.add_argument(
+        "--gelu", choices=("erf", "tanh"), help="which GELU the model was trained with (default: detected)"
+    )
     parser.add_argument("--force", action="store_true", help="replace what an earlier conversion wrote there")
     parser.add_argument(
         "--change-gelu",
@@ -31,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
     from nanogpt.checkpoint import load_checkpoint
     from nanogpt.checkpoint.convert import convert
 
-    checkpoint = load_checkpoint(args.checkpoint, tokenizer=args.tokenizer)
+    settings = Settings.load({"tokenizer": args.tokenizer})
+    activations: dict[str | None, Activation] = {"erf": "gelu_erf", "tanh": "gelu_tanh"}
+    checkpoint = load_checkpoint(args.checkpoint, tokenizer=settings.tokenizer, activation=activations.get(args.gelu))
     folder = Path(args.folder)
     notes = convert(checkpoint, folder, args.to, force=args.force, change_gelu=args.change_gelu)
     print(f"{checkpoint.path} ({checkpoint.family}) → {folder}")

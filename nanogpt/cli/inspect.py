@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanogpt.cli._arguments import add_model_arguments, open_model
 from nanogpt.errors import InvalidRequest
+from nanogpt.settings import Settings
 
 if TYPE_CHECKING:
     from nanogpt.llm import LLM
@@ -18,11 +20,14 @@ _MIN_PREDICTIONS = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="FILE", nargs="?", default="",
-                        help="a checkpoint of any family, or its folder (default: the embedded model)")  # fmt: skip
+    parser.add_argument(
+        "checkpoint",
+        metavar="FILE",
+        nargs="?",
+        help="a checkpoint of any family, or its folder (default: what is served)",
+    )
     parser.add_argument("--json", action="store_true", help="print the card as JSON")
     parser.add_argument("--no-hash", action="store_true", help="do not compute the weights' SHA-256")
-    parser.add_argument("--tokenizer", default="", help="gpt2, or a path to the tokenizer (default: detected)")
     parser.add_argument(
         "--proof", metavar="TEXTFILE", help="compute the loss on a text that the model was not trained on"
     )
@@ -33,21 +38,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="predictions of the proof, from the text's beginning (default 4096)",
     )
+    add_model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from nanogpt.checkpoint import card, load_checkpoint, weights_sha256
 
-    checkpoint = load_checkpoint(args.checkpoint, tokenizer=args.tokenizer)
-    description = card(checkpoint)
+    settings = Settings.load({"model_checkpoint": args.checkpoint, "tokenizer": args.tokenizer})
+    checkpoint = load_checkpoint(settings.model_checkpoint, tokenizer=settings.tokenizer)
+    described = card(checkpoint)
     if not args.no_hash:
-        description["weights_sha256"] = weights_sha256(checkpoint)
-    if args.proof:
-        description["proof"] = _proof(args)
+        described["weights_sha256"] = weights_sha256(checkpoint)
+    if args.proof is not None:
+        described["proof"] = _proof(args)
     if args.json:
-        print(json.dumps(description, indent=2, ensure_ascii=False))
+        print(json.dumps(described, indent=2, ensure_ascii=False))
     else:
-        print("\n".join(render(description)))
+        print("\n".join(render(described)))
     return 0
 
 
@@ -85,23 +92,23 @@ def render(card: dict[str, Any]) -> list[str]:
 
 
 def _proof_line(proof: dict[str, Any], recorded: float | None) -> str:
-    line = f"loss {proof['loss']:.4f} on {proof['predictions']:,} tokens of {proof['text']}"
-    return line + (f"; the file records {recorded:.4f}" if recorded is not None else "; the file records none")
+    computed = f"loss {proof['loss']:.4f} on {proof['predictions']:,} tokens of {proof['text']}"
+    how = f"computed by {proof['runner']} in {proof['precision']} on {proof['device']}"
+    return f"{computed}, {how}; recorded in the file: {'none' if recorded is None else f'{recorded:.4f}'}"
 
 
 def _proof(args: argparse.Namespace) -> dict[str, Any]:
-    """The mean loss in nats over windows of the context's length, as the training scripts estimate it."""
-    text = _read(args.proof)
+    """The mean loss in nats over windows of the context's length, by the runner that would serve the model."""
     if args.proof_tokens < _MIN_PREDICTIONS:
         raise InvalidRequest(f"--proof-tokens is {args.proof_tokens}; it must be {_MIN_PREDICTIONS} at least.")
-    from nanogpt.llm import LLM
-
-    with LLM(args.checkpoint or None, tokenizer=args.tokenizer, precision="fp32") as llm:
+    text = _read(args.proof)
+    with open_model(args) as llm:
         token_ids = llm.tokenizer.encode(text)[: args.proof_tokens + 1]
         if len(token_ids) <= _MIN_PREDICTIONS:
             raise InvalidRequest(f"{args.proof} has only {len(token_ids):,} tokens.", remedy="Give a longer text.")
         loss = mean_loss(llm, token_ids)
-    return {"loss": loss, "predictions": len(token_ids) - 1, "text": args.proof}
+        how = {key: llm.card[key] for key in ("runner", "precision", "device")}
+    return {"loss": loss, "predictions": len(token_ids) - 1, "text": args.proof, **how}
 
 
 def mean_loss(llm: LLM, token_ids: list[int]) -> float:
