@@ -68,6 +68,8 @@ class SamplingParams:
             raise InvalidRequest("stop must be a text or a list of at most 16 texts, none of them empty.", field="stop")
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if not all(type(token_id) is int for token_id in self.stop_token_ids):
+            raise InvalidRequest("stop_token_ids must be a list of integers.", field="stop_token_ids")
 
     @property
     def greedy(self) -> bool:

@@ -68,6 +68,15 @@ def expected(
             return output, "length"
 
 
+class ContractBroken(BaseException):
+    """The engine asked for what no runner can do. No Exception: the engine must not take it for a failed step."""
+
+
+def check(kept: bool, what: str) -> None:
+    if not kept:
+        raise ContractBroken(what)
+
+
 class FakeRunner:
     """Keeps the protocol of ``nanogpt.runner.base.Runner``, and checks that the engine keeps its side."""
 
@@ -91,27 +100,27 @@ class FakeRunner:
         if self.lost:
             raise RuntimeError("the device is lost")
         n = len(batch.slots)
-        assert n == len(batch.starts) == len(batch.num_tokens) == len(batch.sampling)
-        assert batch.num_tokens.min() >= 1
-        assert batch.num_tokens.sum() == len(batch.token_ids)
-        assert len(set(batch.slots.tolist())) == n, "one slot twice in a batch"
-        assert self.max_batch_tokens is None or len(batch.token_ids) <= self.max_batch_tokens, "over the budget"
+        check(n == len(batch.starts) == len(batch.num_tokens) == len(batch.sampling), "arrays of different lengths")
+        check(n > 0 and batch.num_tokens.min() >= 1, "a sequence without tokens")
+        check(batch.num_tokens.sum() == len(batch.token_ids), "token ids that belong to nobody")
+        check(len(set(batch.slots.tolist())) == n, "one slot twice in a batch")
+        check(self.max_batch_tokens is None or len(batch.token_ids) <= self.max_batch_tokens, "over the budget")
         for array in (batch.slots, batch.starts, batch.num_tokens, batch.token_ids):
-            assert array.dtype == np.int32
-            assert array.flags.c_contiguous
+            check(array.dtype == np.int32 and array.flags.c_contiguous, "not a contiguous int32 array")
         output = StepOutput(token_ids=[])
         at = 0
         for b in range(n):
             slot, start, count = int(batch.slots[b]), int(batch.starts[b]), int(batch.num_tokens[b])
-            assert start + count <= self.config.block_size, "past the context"
             kept = self.kept[slot]
-            assert start <= len(kept), "positions left out"
+            check(start + count <= self.config.block_size, "past the context")
+            check(start <= len(kept), "positions left out")
             del kept[start:]
             chunk = batch.token_ids[at : at + count].tolist()
             at += count
             _layers(chunk, kept, start)
             if batch.prompt_logprobs and b in batch.prompt_logprobs:
                 wanted = batch.prompt_logprobs[b]
+                check(count - 1 <= len(wanted.following) <= count, "following tokens that do not fit the chunk")
                 output.prompt_logprobs[b] = [
                     TokenLogprobs(-float(token_id), 1, [(int(token_id), 0.0)] * wanted.num_top)
                     for token_id in wanted.following
@@ -120,6 +129,8 @@ class FakeRunner:
         self.num_computed_tokens += len(batch.token_ids)
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
+            for slot in batch.slots.tolist():  # half written: nothing that lies there means anything
+                self.kept[slot] = [_mix(slot, position) for position in range(self.config.block_size)]
             raise error
         return output
 
@@ -140,8 +151,8 @@ class FakeRunner:
         return new
 
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
-        assert source != target
-        assert num_tokens <= len(self.kept[source])
+        check(source != target, "a copy on itself")
+        check(num_tokens <= len(self.kept[source]), "a copy of what was not computed")
         self.kept[target] = self.kept[source][:num_tokens]
 
     def logits(self, token_ids: Int32) -> Float32:

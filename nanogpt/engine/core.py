@@ -182,7 +182,10 @@ class Engine:
                 field="prompt",
                 remedy="Shorten the prompt, or start the server with NANOGPT_CONTEXT_OVERFLOW=crop.",
             )
-        prompt = np.asarray(ids)
+        try:
+            prompt = np.asarray(ids)
+        except ValueError:  # lists of different lengths
+            prompt = np.empty(0)
         if prompt.dtype.kind not in "iu" or prompt.ndim != 1:
             raise InvalidRequest("The prompt's token ids must be integers.", field="prompt")
         wrong = np.flatnonzero((prompt < 0) | (prompt >= num_tokens))
