@@ -154,7 +154,7 @@ class TorchArchive:
             raise ValueError("a tensor's strides do not fit its shape")
         return LazyTensor(
             shape=shape,
-            span=Span(storage.key, offset, offset + math.prod(shape)),
+            span=Span((self.file.path, storage.key), offset, offset + math.prod(shape)),
             open=lambda name: self._open(storage, offset, shape, strides, name),
             is_floating=_STORAGES[storage.kind][1] is not None,
             verify=lambda name: self._verify(storage, name),
