@@ -6,6 +6,7 @@ import dataclasses
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,11 @@ import pytest
 
 import nanogpt
 from nanogpt import LLM, Completion, SamplingParams, batch_generate, load_model_from_checkpoint
+from nanogpt.engine.messages import Finished, Tokens
 from nanogpt.errors import InvalidRequest, NanoGPTError, SettingsError, UnknownCharacter
+from nanogpt.llm import _Request
+from nanogpt.sampling_params import TokenLogprobs
+from nanogpt.tokenizer.text import TextStream
 
 pytest.importorskip("torch")
 
@@ -83,6 +88,39 @@ def test_a_stop_string_ends_the_text_and_is_not_part_of_it(llm: LLM) -> None:
     end = whole.text.index(stop)
     assert (stopped.text, stopped.finish_reason) == (whole.text[:end], "stop")
     assert stopped.token_ids == whole.token_ids[: end + len(stop)], "up to the token that completed it"
+
+
+def test_nothing_is_computed_after_a_stop_string(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = dataclasses.replace(SAMPLED, logprobs=0)
+    (whole,) = llm.generate("ROMEO:", params)
+    num_steps, step = [0], llm._runner.step
+
+    def counting(batch: Any) -> Any:
+        num_steps[0] += 1
+        return step(batch)
+
+    monkeypatch.setattr(llm._runner, "step", counting)
+    (stopped,) = llm.generate("ROMEO:", dataclasses.replace(params, stop=whole.text[6:9]))
+    assert num_steps[0] == len(stopped.token_ids)
+    assert stopped.logprobs is not None
+    assert whole.logprobs is not None
+    assert stopped.logprobs == whole.logprobs[: len(stopped.token_ids)]
+
+
+def test_tokens_that_come_with_the_one_that_stops_do_not_count(llm: LLM) -> None:
+    """With speculation an engine reports several tokens at once, and the stop string may end among the first."""
+    params = SamplingParams(stop="b", logprobs=0)
+    request = _Request("", [0], params, TextStream(llm.tokenizer, params.stop))
+    aborted: list[int] = []
+    request.engine, request.handle = SimpleNamespace(abort=aborted.append), 7  # type: ignore[assignment]
+    ids = llm.tokenizer.encode("aabaa")
+    request.receive(Tokens(ids, [TokenLogprobs(-float(i), 1, []) for i in range(5)]))
+    request.receive(Finished("abort", 1, 5))
+    completion = request.completion()
+    assert (completion.text, completion.token_ids, completion.finish_reason) == ("aa", ids[:3], "stop")
+    assert completion.logprobs is not None
+    assert [entry.logprob for entry in completion.logprobs] == [0.0, -1.0, -2.0]
+    assert aborted == [7]
 
 
 def test_a_stop_token_ends_the_text(llm: LLM) -> None:
