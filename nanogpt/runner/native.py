@@ -8,9 +8,7 @@ instruction set, and pass batches on.
 
 from __future__ import annotations
 
-import math
 import os
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +18,8 @@ from nanogpt.checkpoint.types import Checkpoint
 from nanogpt.errors import SettingsError
 from nanogpt.model.config import GPTConfig
 from nanogpt.runner.base import Batch, Float32, Int32, StepOutput
-from nanogpt.runner.sampler import sample, sampled_rows, step_output, token_logprobs
+from nanogpt.runner.cpus import usable_cpus
+from nanogpt.runner.sampler import token_logprobs
 
 _KINDS = {"fp32": 0, "int8": 1, "int4": 2}
 _HEAD_ROWS = 64
@@ -65,11 +64,13 @@ class NativeRunner:
 
     def step(self, batch: Batch) -> StepOutput:
         """Compute the batch's tokens, write their K and V, sample."""
-        rows = sampled_rows(batch)
-        wanted = [row.token for row in rows]
-        logits = self._forward(batch.slots, batch.starts, batch.num_tokens, batch.token_ids, wanted)
-        drawn = sample(logits, rows, self.config.num_tokens) if rows else []
-        output = step_output(batch, rows, drawn, logits, self.config.num_tokens)
+        model = self._running()
+        tokens, kept = model.step(
+            batch.slots, batch.starts, batch.num_tokens, batch.token_ids, batch.sampling, batch.num_drafts
+        )
+        output = StepOutput(tokens)
+        if any(state is not None and state.params.logprobs is not None for state in batch.sampling):
+            self._add_logprobs(batch, output, kept)
         for b, asked in (batch.prompt_logprobs or {}).items():
             first = int(batch.num_tokens[:b].sum())
             output.prompt_logprobs[b] = []
@@ -89,7 +90,7 @@ class NativeRunner:
         token_ids = np.ascontiguousarray(token_ids, np.int32)
         result = np.empty((len(token_ids), self.config.vocab_size), np.float32)
         one = np.zeros(1, np.int32)
-        self._forward(one + model.spare_slot, one, one + len(token_ids), token_ids, [])
+        model.step(one + model.spare_slot, one, one + len(token_ids), token_ids, [None], None)
         for i in range(0, len(token_ids), _HEAD_ROWS):
             result[i : i + _HEAD_ROWS] = self._head(np.arange(i, min(i + _HEAD_ROWS, len(token_ids)), dtype=np.int32))
         return result
@@ -103,10 +104,15 @@ class NativeRunner:
             raise RuntimeError("the runner was closed")
         return self._model
 
-    def _forward(self, slots: Int32, starts: Int32, num_tokens: Int32, token_ids: Int32, rows: list[int]) -> Float32:
-        model = self._running()
-        model.forward(slots, starts, num_tokens, token_ids)
-        return self._head(np.array(rows, np.int32))
+    def _add_logprobs(self, batch: Batch, output: StepOutput, kept: list[tuple[int, int]]) -> None:
+        logits = self._running().logits()[:, : self.config.vocab_size]
+        for b, row in kept:
+            state = batch.sampling[b]
+            if state is not None and state.params.logprobs is not None:
+                entries = output.logprobs.setdefault(b, [])
+                token_id = output.token_ids[b][len(entries)]
+                num_tokens = self.config.num_tokens
+                entries += token_logprobs(logits[row : row + 1], [token_id], state.params.logprobs, num_tokens)
 
     def _head(self, rows: Int32) -> Float32:
         logits: Float32 = self._running().head(rows)
@@ -127,37 +133,6 @@ def chosen_isa() -> str:
             field="NANOGPT_ISA",
         )
     return forced or str(usable[0])
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use: its affinity, and the container's quota (not the host's count of cores)."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(1, min([count, *(math.ceil(quota) for quota in _cgroup_quotas())]))
-
-
-def _cgroup_quotas(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[float]:
-    """CPU quotas, in CPUs, of this process's control group and those above it (version 2, or version 1's root)."""
-    quotas = []
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        lines = []
-    path = next((line[3:] for line in lines if line.startswith("0::")), "/")
-    folder = root / path.strip("/")
-    folders = [folder, *folder.parents]
-    for each in folders[: folders.index(root) + 1] if root in folders else [root]:
-        try:
-            quota, period = (each / "cpu.max").read_text().split()
-            quotas.append(int(quota) / int(period))
-        except (OSError, ValueError):  # no such file, or "max"
-            pass
-    try:
-        quota = int((root / "cpu" / "cpu.cfs_quota_us").read_text())
-        if quota > 0:
-            quotas.append(quota / int((root / "cpu" / "cpu.cfs_period_us").read_text()))
-    except (OSError, ValueError):
-        pass
-    return quotas
 
 
 def pack(checkpoint: Checkpoint, config: _kernels.Config, kinds: list[int], threads: int) -> npt.NDArray[np.uint8]:
