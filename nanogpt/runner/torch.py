@@ -61,8 +61,7 @@ class TorchRunner:
             # What OMP_NUM_THREADS or the caller already lowered stays low.
             torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cpus()))
         if precision == "auto":
-            # PyTorch calls bf16 supported also where the device only emulates it.
-            precision = "fp32" if device == "cpu" else "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+            precision = "fp32" if device == "cpu" else _device_precision()
         if precision not in _DTYPES:
             raise SettingsError(
                 f"precision is {precision!r}; the PyTorch runner computes in {', '.join(_DTYPES)}.",
@@ -185,6 +184,11 @@ class TorchRunner:
                 visible = torch.arange(group.length, device=self._device) <= position[rows, None]
                 group.mask = visible[:, None, None]
         return groups
+
+
+def _device_precision() -> str:
+    # From Ampere on. torch.cuda.is_bf16_supported is true also where the device only emulates it.
+    return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
 
 
 def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: _Group) -> torch.Tensor:
