@@ -44,7 +44,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def check(name: str, low: float, high: float, *, integer: bool = False) -> None:
             value: Any = getattr(self, name)
-            kinds: tuple[type, ...] = (int,) if integer else (int, float)
+            kinds: Any = int if integer else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
                 what = "an integer" if integer else "a finite number"
                 raise InvalidRequest(f"{name} must be {what}, not {value!r}.", field=name)

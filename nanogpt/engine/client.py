@@ -258,7 +258,6 @@ class EngineClient:
             self._lose_control()
 
     def _connect_control(self) -> None:
-        self._wanted = False
         self._start_at = time.monotonic() + _RETRY_S
         try:
             run_dir = ensure_supervisor(self._settings, **self._argv)
@@ -267,6 +266,8 @@ class EngineClient:
             logger.error("The engine cannot be started: %s", error)
             self._set_status(state="unhealthy", reason=str(error))
             return
+        finally:
+            self._wanted = False  # the needs that came meanwhile are met, too
         self._control, self._control_buffer = control, b""
         self._selector.register(control, selectors.EVENT_READ)
 

@@ -170,9 +170,7 @@ class Supervisor:
         if self._ready_since is not None and now - self._ready_since >= STABLE_S:
             self._num_deaths = 0
         self._num_deaths += 1
-        pause = 0.0
-        if self._num_deaths > 1 or not engine.ready:
-            pause = min(MAX_PAUSE_S, 2.0 ** (self._num_deaths - (2 if engine.ready else 1)))
+        pause = pause_s(self._num_deaths, engine.ready)
         self._ready_since = None
         self._start_at = now + pause
         logger.error("%s It is started again%s.", reason, f" in {pause:g} s" if pause else "")
@@ -262,6 +260,16 @@ class Supervisor:
         for end in (self._listener, self._wake_in, self._wake_out):
             end.close()
         remove_sockets(self._run_dir)
+
+
+def pause_s(num_deaths: int, was_ready: bool) -> float:
+    """How long to wait before the next start, after so many deaths in a row: 0 1 2 4 … seconds.
+
+    One that was never ready is not started at once: the same would happen again.
+    """
+    if num_deaths == 1 and was_ready:
+        return 0.0
+    return min(MAX_PAUSE_S, 2.0 ** (min(num_deaths, 10) - (2 if was_ready else 1)))
 
 
 def remove_sockets(run_dir: Path) -> None:
