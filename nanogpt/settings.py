@@ -24,7 +24,7 @@ else:
 
 PREFIX = "NANOGPT_"
 # Variables of the prefix that are not settings of the server.
-_NOT_SETTINGS = frozenset({"NANOGPT_CONFIG", "NANOGPT_ISA"})
+_NOT_SETTINGS = frozenset({"NANOGPT_CACHE_DIR", "NANOGPT_CONFIG", "NANOGPT_ISA"})
 
 
 def _setting(

@@ -26,6 +26,7 @@ struct Act {
   size_t stride;
   const float* scale;
   const int32_t* offset;  // 128 times the row's sum of quantized activations (dot.h)
+  bool planes;            // two planes, for AMX
 };
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
@@ -177,10 +178,11 @@ NG_INLINE void dot_rows(int rows, const Matrix& m, const uint8_t* a, size_t a_st
 inline void matmul_part(const Matrix& m, const Act& act, int r0, int n, int first, int last, float* out, size_t ldo,
                         Then then) {
 #if defined(NANOGPT_AMX)
-  if (n >= kAmxRows && m.kind == Kind::kI8) {
-    amx_matmul(m, act.data + r0 * act.stride, act.stride, n, first, last,
-               [&](const int32_t* tile, int ld, int r, int count, int col, int width) {
-                 finish(m, tile, ld, count, col, width, act.scale + r0 + r, out + (r0 + r) * ldo, ldo, then);
+  if (act.planes) {
+    amx_matmul(m, act.data + r0 * act.stride, act.stride, act.offset + r0, n, first, last,
+               [&](const int32_t* sums, int r, int count, int panel, int panels) {
+                 finish(m, sums, 2 * kLanes, count, panel * kLanes, panels * kLanes, act.scale + r0 + r,
+                        out + (r0 + r) * ldo, ldo, then);
                });
     return;
   }
@@ -213,12 +215,12 @@ NG_INLINE void matmul(const Step& s, Cursor& cursor, const Matrix& m, int rows, 
   const bool own = rows <= kOwnRows;
   float* scale = own ? scratch.act_scale : s.act_scale;
   int32_t* offset = own ? scratch.act_offset : s.act_offset;
-  const Act act{own ? scratch.act : s.act, s.act_stride, scale, offset};
 #if defined(NANOGPT_AMX)
   const bool planes = rows >= kAmxRows && m.kind == Kind::kI8;
 #else
   const bool planes = false;
 #endif
+  const Act act{own ? scratch.act : s.act, s.act_stride, scale, offset, planes};
   if (!own) {
     const int per_chunk = imax(1, rows / (4 * s.team->size()));
     phase(s, cursor, (rows + per_chunk - 1) / per_chunk, [&](int chunk) {
@@ -493,7 +495,7 @@ inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch)
 
 // ---- the model ------------------------------------------------------------------------------------------------------
 
-inline void forward(const Step& s, Cursor cursor) {
+inline void forward(const Step& s, Cursor& cursor) {
   const Weights& w = *s.weights;
   const Config& c = w.config;
   const int rows = s.num_rows, row_chunks = imin(rows, 4 * s.team->size());
@@ -532,7 +534,7 @@ inline void forward(const Step& s, Cursor cursor) {
   }
 }
 
-inline void head(const Step& s, Cursor cursor) {
+inline void head(const Step& s, Cursor& cursor) {
   const Weights& w = *s.weights;
 #if defined(NANOGPT_AMX)
   AmxTiles tiles;
@@ -541,6 +543,14 @@ inline void head(const Step& s, Cursor cursor) {
     layer_norm(s.x + s.out_rows[r] * s.ldx, w.config.n_embd, w.lnf_w, w.lnf_b, w.config.eps, out);
     return out;
   });
+}
+
+inline void lane_maxima(const float* logits, int n, float* maxima) {
+  for (int block = 0; block < n; block += 256, maxima += 16) {
+    F32 top = load(logits + block);
+    for (int i = block + 16; i < imin(n, block + 256); i += 16) top = max(load(logits + i), top);
+    store(maxima, top);
+  }
 }
 
 }  // namespace

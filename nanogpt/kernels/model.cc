@@ -25,6 +25,17 @@ struct Carver {
   }
 };
 
+void whole_step(const Step& s, Cursor cursor) {
+  s.isa->forward(s, cursor);
+  if (s.num_out == 0) return;
+  s.isa->head(s, cursor);
+  for (int i; (i = s.team->take(cursor, s.num_out)) >= 0;)
+    s.drawn[i] = sample(s.logits + i * s.ld_logits, s.weights->config.num_tokens, s.sampling[i], s.isa->lane_maxima,
+                        s.sampler_scratch[cursor.thread]);
+  s.team->finish(cursor, s.num_out);
+}
+void head_alone(const Step& s, Cursor cursor) { s.isa->head(s, cursor); }
+
 uint8_t* aligned(uint8_t* p) { return p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64; }
 
 }  // namespace
@@ -64,6 +75,9 @@ Model::Model(const Config& config, const std::vector<Kind>& kinds, const uint8_t
   step_.kv_base = kv_base_;
   step_.scratch = scratch_.data();
   step_.team = &team_;
+  step_.isa = isa_;
+  sampler_scratch_.resize(threads);
+  step_.sampler_scratch = sampler_scratch_.data();
   step_.ldx = round_up(config.n_embd, kDepth);
   step_.ldqkv = round_up(3 * config.n_embd, kDepth);
   step_.ldh = round_up(config.n_inner, kDepth);
@@ -83,7 +97,7 @@ void Model::reserve(int rows) {
     step_.att = c.take<float>(rows * step_.ldx);
     step_.qkv = c.take<float>(rows * step_.ldqkv + 16);
     step_.h = c.take<float>(rows * step_.ldh);
-    step_.act = c.take<uint8_t>(rows * step_.act_stride);
+    step_.act = c.take<uint8_t>((rows + 16) * step_.act_stride);  // AMX reads whole blocks of 16 rows
     step_.act_scale = c.take<float>(rows);
     step_.act_offset = c.take<int32_t>(rows);
     return c.used;
@@ -120,7 +134,7 @@ void Model::make_tasks() {
   }
 }
 
-void Model::forward(const BatchView& batch) {
+void Model::step(const BatchView& batch, Draws& draws) {
   spans_.clear();
   positions_.clear();
   row_span_.clear();
@@ -150,12 +164,16 @@ void Model::forward(const BatchView& batch) {
   step_.spans = spans_.data();
   step_.num_tasks = int(tasks_.size());
   step_.tasks = tasks_.data();
-  if (rows) team_.run(step_, isa_->forward);
+  want_logits(draws.rows.data(), int(draws.rows.size()));
+  draws.drawn.resize(draws.rows.size());
+  step_.sampling = draws.sampling.data();
+  step_.drawn = draws.drawn.data();
+  if (rows) team_.run(step_, whole_step);
 }
 
-const float* Model::head(const int32_t* rows, int num_rows) {
+void Model::want_logits(const int32_t* rows, int num_rows) {
   for (int i = 0; i < num_rows; i++)
-    if (rows[i] < 0 || rows[i] >= step_.num_rows) throw std::out_of_range("a row is not in the last batch");
+    if (rows[i] < 0 || rows[i] >= step_.num_rows) throw std::out_of_range("a row is not in the batch");
   if (logits_.size() < num_rows * ld_logits()) {
     team_.quiesce();
     logits_.resize(num_rows * ld_logits());
@@ -163,7 +181,11 @@ const float* Model::head(const int32_t* rows, int num_rows) {
   step_.num_out = num_rows;
   step_.out_rows = rows;
   step_.logits = logits_.data();
-  if (num_rows) team_.run(step_, isa_->head);
+}
+
+const float* Model::head(const int32_t* rows, int num_rows) {
+  want_logits(rows, num_rows);
+  if (num_rows) team_.run(step_, head_alone);
   return logits_.data();
 }
 

@@ -18,6 +18,13 @@ struct BatchView {
   const int32_t *slots = nullptr, *starts = nullptr, *num_tokens = nullptr, *token_ids = nullptr;
 };
 
+// Rows of a batch (places in token_ids) to draw a token from.
+struct Draws {
+  std::vector<int32_t> rows;
+  std::vector<Sampling> sampling;
+  std::vector<int32_t> drawn;  // the answer
+};
+
 class Model {
  public:
   // `packed` must outlive the model. Throws std::invalid_argument for an instruction set that cannot run here.
@@ -27,10 +34,11 @@ class Model {
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
 
-  // Computes the batch's tokens and writes their K and V.
-  void forward(const BatchView& batch);
+  // Computes the batch's tokens, writes their K and V, and draws. Logits of the drawn rows stay in `logits`.
+  void step(const BatchView& batch, Draws& draws);
   // Logits of rows of the last batch, [rows, ld_logits()], into a buffer that the next call overwrites.
   const float* head(const int32_t* rows, int num_rows);
+  const float* logits() const { return logits_.data(); }
   void copy_prefix(int source, int target, int num_tokens);
 
   const Config& config() const { return weights_.config; }
@@ -42,6 +50,7 @@ class Model {
 
  private:
   void reserve(int rows);
+  void want_logits(const int32_t* rows, int num_rows);
   void make_tasks();
   Weights weights_;
   KvGeometry kv_;
@@ -57,6 +66,7 @@ class Model {
   std::vector<Span> spans_;
   std::vector<Task> tasks_;
   std::vector<Scratch> scratch_;
+  std::vector<SamplerScratch> sampler_scratch_;
   Step step_{};
 };
 

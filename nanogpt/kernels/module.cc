@@ -4,6 +4,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
+
 #include "model.h"
 #include "pack.h"
 
@@ -60,14 +62,65 @@ class PyModel {
     model_ = std::make_unique<Model>(config, as_kinds, packed.data(), num_slots, threads, isa);
   }
 
-  void forward(Ints slots, Ints starts, Ints num_tokens, Ints token_ids) {
-    if (starts.size() != slots.size() || num_tokens.size() != slots.size())
-      throw std::invalid_argument("slots, starts and num_tokens run alongside each other");
-    int64_t total = 0;
-    for (size_t b = 0; b < slots.size(); b++) total += num_tokens.data()[b];
-    if (total != int64_t(token_ids.size())) throw std::invalid_argument("token_ids: num_tokens in all");
-    nb::gil_scoped_release free;
-    model_->forward({int(slots.size()), slots.data(), starts.data(), num_tokens.data(), token_ids.data()});
+  // Computes and samples one batch. `sampling` holds a SamplingState or None a sequence, `num_drafts` is an array or
+  // None. Returns what each sequence drew, and the drawn rows that count: (sequence, index into `logits`) each.
+  nb::tuple step(Ints slots, Ints starts, Ints num_tokens, Ints token_ids, nb::sequence sampling,
+                 nb::object num_drafts) {
+    const size_t num_sequences = slots.size();
+    if (starts.size() != num_sequences || num_tokens.size() != num_sequences || nb::len(sampling) != num_sequences)
+      throw std::invalid_argument("slots, starts, num_tokens and sampling run alongside each other");
+    Ints drafts;
+    if (!num_drafts.is_none()) {
+      drafts = nb::cast<Ints>(num_drafts);
+      if (drafts.size() != num_sequences) throw std::invalid_argument("num_drafts: one a sequence");
+    }
+    const auto drafts_of = [&](size_t b) { return num_drafts.is_none() ? 0 : drafts.data()[b]; };
+    draws_.rows.clear();
+    draws_.sampling.clear();
+    int64_t end = 0;
+    std::vector<bool> draws(num_sequences);
+    for (size_t b = 0; b < num_sequences; b++) {
+      const int n = num_tokens.data()[b], guesses = drafts_of(b);
+      if (n < 1 || guesses < 0 || guesses >= n) throw std::invalid_argument("num_tokens or num_drafts");
+      end += n;
+      if (end > int64_t(token_ids.size())) throw std::invalid_argument("token_ids: num_tokens in all");
+      const nb::object state = sampling[b];
+      if (!(draws[b] = !state.is_none())) continue;
+      Sampling first = read_sampling(state);
+      for (int i = 0; i <= guesses; i++) {
+        draws_.rows.push_back(int32_t(end - 1 - guesses + i));
+        draws_.sampling.push_back(first);
+        first.index++;
+        if (i < guesses) first.output.push_back(token_ids.data()[end - guesses + i]);
+      }
+    }
+    if (end != int64_t(token_ids.size())) throw std::invalid_argument("token_ids: num_tokens in all");
+    {
+      nb::gil_scoped_release free;
+      model_->step({int(num_sequences), slots.data(), starts.data(), num_tokens.data(), token_ids.data()}, draws_);
+    }
+    nb::list tokens, kept;
+    size_t row = 0;
+    end = 0;
+    for (size_t b = 0; b < num_sequences; b++) {
+      nb::list accepted;
+      end += num_tokens.data()[b];
+      const int guesses = drafts_of(b);
+      bool right = true;
+      for (int i = 0; draws[b] && i <= guesses; i++, row++) {
+        if (!right) continue;
+        accepted.append(draws_.drawn[row]);
+        kept.append(nb::make_tuple(b, row));
+        right = i < guesses && draws_.drawn[row] == token_ids.data()[end - guesses + i];
+      }
+      tokens.append(accepted);
+    }
+    return nb::make_tuple(tokens, kept);
+  }
+
+  nb::object logits() {
+    return nb::cast(nb::ndarray<nb::numpy, const float, nb::ndim<2>>(
+        model_->logits(), {draws_.rows.size(), model_->ld_logits()}, nb::find(this)));
   }
 
   // Logits of rows of the last batch, [rows, padded vocabulary]: a view, valid until the next call.
@@ -86,9 +139,66 @@ class PyModel {
   int spare_slot() const { return model_->spare_slot(); }
 
  private:
+  // A nanogpt.runner.base.SamplingState. Token ids were checked when the request was accepted; they are addresses
+  // here, so they are checked again.
+  Sampling read_sampling(nb::handle state) {
+    const nb::object params = state.attr("params");
+    const auto number = [&](const char* name) { return nb::cast<double>(params.attr(name)); };
+    Sampling s;
+    s.temperature = number("temperature");
+    s.top_k = nb::cast<int64_t>(params.attr("top_k"));
+    s.top_p = number("top_p");
+    s.min_p = number("min_p");
+    s.repetition_penalty = number("repetition_penalty");
+    s.presence_penalty = number("presence_penalty");
+    s.frequency_penalty = number("frequency_penalty");
+    s.seed = PyLong_AsUnsignedLongLongMask(state.attr("seed").ptr());  // modulo 2^64
+    const nb::object output = state.attr("output_token_ids"), bias = params.attr("logit_bias");
+    s.index = nb::len(output);
+    const auto valid = [&](int64_t id) {
+      if (id < 0 || id >= model_->config().vocab_size) throw std::out_of_range("a token id is not in the vocabulary");
+      return int32_t(id);
+    };
+    const auto read_ids = [&](nb::handle ids, std::vector<int32_t>& to) {
+      for (nb::handle id : ids) to.push_back(valid(nb::cast<int64_t>(id)));
+    };
+    if (!bias.is_none())
+      for (nb::handle item : bias.attr("items")())
+        s.logit_bias.emplace_back(valid(nb::cast<int64_t>(item[0])), nb::cast<double>(item[1]));
+    if (s.repetition_penalty != 1) read_ids(state.attr("prompt_token_ids"), s.prompt);
+    if (s.repetition_penalty != 1 || s.presence_penalty != 0 || s.frequency_penalty != 0) read_ids(output, s.output);
+    return s;
+  }
+
+  Draws draws_;
   ConstBytes packed_;  // keeps the memory alive
   std::unique_ptr<Model> model_;
 };
+
+// A checksum of packed weights, at the speed of memory: a file is checked whenever it is mapped.
+uint64_t checksum(ConstBytes bytes) {
+  nb::gil_scoped_release free;
+  constexpr uint64_t kMultiplier = 0x9E3779B97F4A7C15u;
+  uint64_t lanes[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+  const uint8_t* p = bytes.data();
+  size_t left = bytes.size();
+  uint64_t words[8];
+  for (; left >= sizeof words; left -= sizeof words, p += sizeof words) {
+    std::memcpy(words, p, sizeof words);
+    for (int i = 0; i < 8; i++) {
+      lanes[i] = (lanes[i] ^ words[i]) * kMultiplier;
+      lanes[i] ^= lanes[i] >> 29;
+    }
+  }
+  std::memset(words, 0, sizeof words);
+  std::memcpy(words, p, left);
+  uint64_t total = bytes.size();
+  for (int i = 0; i < 8; i++) {
+    total = (total ^ lanes[i] ^ words[i]) * kMultiplier;
+    total ^= total >> 32;
+  }
+  return total;
+}
 
 }  // namespace
 
@@ -111,6 +221,7 @@ NB_MODULE(_kernels, m) {
   m.def("packed_bytes", [](const Config& config, const std::vector<int>& kinds) {
     return Layout(config, to_kinds(kinds, config)).bytes();
   });
+  m.def("checksum", &checksum);
   m.def("num_matrices", &Layout::num_matrices);
   m.def("entries", [](const Config& config, const std::vector<int>& kinds) {
     nb::list names;
@@ -124,7 +235,9 @@ NB_MODULE(_kernels, m) {
       .def(nb::init<const Config&, const std::vector<int>&, ConstBytes, int, int, const std::string&>(),
            nb::arg("config"), nb::arg("kinds"), nb::arg("packed"), nb::arg("num_slots"), nb::arg("threads"),
            nb::arg("isa"))
-      .def("forward", &PyModel::forward)
+      .def("step", &PyModel::step, nb::arg("slots"), nb::arg("starts"), nb::arg("num_tokens"), nb::arg("token_ids"),
+           nb::arg("sampling"), nb::arg("num_drafts").none())
+      .def("logits", &PyModel::logits)
       .def("head", &PyModel::head)
       .def("copy_prefix", &PyModel::copy_prefix)
       .def_prop_ro("isa", &PyModel::isa)

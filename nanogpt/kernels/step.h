@@ -6,6 +6,7 @@
 
 #include "layout.h"
 #include "pool.h"
+#include "sampler.h"
 
 namespace nanogpt {
 
@@ -59,12 +60,18 @@ struct Step {
   int32_t* act_offset;
   Scratch* scratch;  // one a thread
   Team* team;
+  // After the head, if a token is to be drawn from each of its rows.
+  const Sampling* sampling;
+  SamplerScratch* sampler_scratch;  // one a thread
+  int32_t* drawn;
+  const struct Isa* isa;
 };
 
 struct Isa {
   const char* name;
-  Team::Job forward;  // all layers
-  Team::Job head;     // logits of out_rows of the last forward
+  void (*forward)(const Step& step, Cursor& cursor);  // all layers
+  void (*head)(const Step& step, Cursor& cursor);     // logits of out_rows of the last forward
+  LaneMaxima lane_maxima;
 };
 
 }  // namespace nanogpt

@@ -1,4 +1,4 @@
-"""The CPU runner: C++ (``nanogpt/kernels``) behind the runner's protocol. Owned by the engine's thread; imports no torch.
+"""The CPU runner: C++ (``nanogpt/kernels``) behind the runner's protocol. In the engine's thread; imports no torch.
 
 The weights are packed once (int8, int4 or float32) and the arithmetic is such that a row's logits have the same bits in
 any company: alone or in a batch, in chunks or whole, with any number of threads and on any instruction set. See
@@ -19,6 +19,7 @@ from nanogpt.errors import SettingsError
 from nanogpt.model.config import GPTConfig
 from nanogpt.runner.base import Batch, Float32, Int32, StepOutput
 from nanogpt.runner.cpus import usable_cpus
+from nanogpt.runner.native_cache import packed_weights
 from nanogpt.runner.sampler import token_logprobs
 
 _KINDS = {"fp32": 0, "int8": 1, "int4": 2}
@@ -52,10 +53,14 @@ class NativeRunner:
         self.num_threads = threads or usable_cpus()
         config = _native_config(self.config)
         kinds = [_KINDS[precision]] * _kernels.num_matrices(config)
-        packed = pack(checkpoint, config, kinds, self.num_threads)
-        self._model: _kernels.Model | None = _kernels.Model(
-            config, kinds, packed, num_slots, self.num_threads, chosen_isa()
+        isa = chosen_isa()
+        packed = packed_weights(
+            checkpoint,
+            f"{self.config} {kinds}",
+            _kernels.packed_bytes(config, kinds),
+            lambda memory: pack_into(memory, checkpoint, config, kinds, self.num_threads),
         )
+        self._model: _kernels.Model | None = _kernels.Model(config, kinds, packed, num_slots, self.num_threads, isa)
 
     @property
     def isa(self) -> str:
@@ -135,20 +140,10 @@ def chosen_isa() -> str:
     return forced or str(usable[0])
 
 
-def pack(checkpoint: Checkpoint, config: _kernels.Config, kinds: list[int], threads: int) -> npt.NDArray[np.uint8]:
-    """The checkpoint's weights as one packed buffer, tensor by tensor."""
-    # Aligned to a cache line, which np.empty does not promise.
-    size = _kernels.packed_bytes(config, kinds)
-    memory = np.empty(size + 64, np.uint8)
-    packed = memory[(start := -memory.ctypes.data % 64) : start + size]
-    pack_into(packed, checkpoint, config, kinds, threads)
-    return packed
-
-
 def pack_into(
     packed: npt.NDArray[np.uint8], checkpoint: Checkpoint, config: _kernels.Config, kinds: list[int], threads: int
 ) -> None:
-    """Write every tensor to its place in the packed buffer."""
+    """Quantize every tensor of the checkpoint into its place in the packed buffer, one after the other."""
     tensors = checkpoint.tensors
     for name, is_matrix, num_rows, width in _kernels.entries(config, kinds):
         if is_matrix:

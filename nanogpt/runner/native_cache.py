@@ -1,0 +1,191 @@
+"""Packed weights on disk: written once a checkpoint, memory-mapped by every start after that. Owned by the engine.
+
+The folder is NANOGPT_CACHE_DIR, else nanogpt/ in the user's cache folder; ``off`` keeps nothing. A file's name holds
+the SHA-256 of the weights, so that it serves a checkpoint wherever that is moved, and its header says what it must be:
+the layout is computed from the model's configuration and never read from the file. So a damaged or foreign file is at
+worst not used. Files appear under their names complete (written aside, then renamed), and are never changed afterwards.
+
+A cache may fail for any reason: it is full, read-only, somebody else's. Then weights are packed in memory, as without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import struct
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from nanogpt import _kernels
+from nanogpt.checkpoint import weights_sha256
+from nanogpt.checkpoint.types import Checkpoint
+
+Bytes = npt.NDArray[np.uint8]
+
+logger = logging.getLogger("nanogpt.runner")
+
+FORMAT = 1
+"""Counted up whenever the bytes of a packed model mean something else."""
+MAX_BYTES = 8 << 30
+"""Of all files together; the least recently used go first."""
+
+_MAGIC = b"nanogpt packed\r\n"
+_HEADER = struct.Struct("<16sII32s32sQQ")  # magic, format, header's bytes, what it is, weights, size, checksum
+_HEADER_BYTES = 128  # the data begins on a cache line
+_SETTLED_S = 10.0
+_ABANDONED_S = 3600.0
+
+
+def cache_folder() -> Path | None:
+    """Where packed weights are kept; None where they are not to be."""
+    chosen = os.environ.get("NANOGPT_CACHE_DIR", "")
+    if chosen == "off":
+        return None
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "nanogpt"
+    except RuntimeError:  # a user without a home
+        return None
+
+
+def packed_weights(checkpoint: Checkpoint, description: str, size: int, pack: Callable[[Bytes], None]) -> Bytes:
+    """The packed buffer of a checkpoint, mapped from the cache or made by ``pack`` (and then kept).
+
+    ``description`` tells everything that the buffer's meaning depends on besides the weights.
+    """
+    folder = cache_folder()
+    if folder is None:
+        return _packed_in_memory(size, pack)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        digest = _weights_digest(checkpoint, folder)
+    except OSError as error:
+        logger.info("Packed weights are not kept: %s.", error)
+        return _packed_in_memory(size, pack)
+    what = hashlib.sha256(f"{FORMAT} {description}".encode()).digest()
+    path = folder / f"{digest[:32]}-{what.hex()[:16]}.packed"
+    found = read_packed(path, what, bytes.fromhex(digest), size)
+    if found is not None:
+        with contextlib.suppress(OSError):
+            os.utime(path)  # used now: the last to be removed
+        return found
+    packed = _packed_in_memory(size, pack)
+    try:
+        _write(path, what, bytes.fromhex(digest), packed)
+        _remove_old(folder, keep=path)
+    except OSError as error:
+        logger.info("Packed weights are not kept: %s.", error)
+        return packed
+    mapped = read_packed(path, what, bytes.fromhex(digest), size)
+    return packed if mapped is None else mapped
+
+
+def read_packed(path: Path, what: bytes, weights: bytes, size: int) -> Bytes | None:
+    """The data of a packed file, memory-mapped read-only; None unless it is whole and just what is looked for."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        # A file of another user could change under the mapping.
+        if status.st_uid != os.geteuid() or status.st_size != _HEADER_BYTES + size:
+            return None
+        header = file.read(_HEADER_BYTES)
+        magic, version, header_bytes, is_what, is_weights, is_size, checksum = _HEADER.unpack_from(header)
+        if (magic, version, header_bytes, is_size) != (_MAGIC, FORMAT, _HEADER_BYTES, size):
+            return None
+        if (is_what, is_weights) != (what, weights):
+            return None
+        data: Bytes = np.memmap(file, np.uint8, mode="r", offset=0)[_HEADER_BYTES:].view(np.ndarray)
+    return data if _kernels.checksum(data) == checksum else None
+
+
+def _packed_in_memory(size: int, pack: Callable[[Bytes], None]) -> Bytes:
+    # Aligned to a cache line, which np.empty does not promise.
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    pack(memory[start : start + size])
+    return memory[start : start + size]
+
+
+def _write(path: Path, what: bytes, weights: bytes, packed: Bytes) -> None:
+    header = _HEADER.pack(_MAGIC, FORMAT, _HEADER_BYTES, what, weights, packed.size, _kernels.checksum(packed))
+    descriptor, name = tempfile.mkstemp(suffix=".new", dir=path.parent)  # readable by its user only
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(header.ljust(_HEADER_BYTES, b"\0"))
+            file.write(packed.data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def _remove_old(folder: Path, keep: Path) -> None:
+    """Keep the folder under its size, and clear away what a killed writer left."""
+    files = []
+    for entry in folder.iterdir():
+        with contextlib.suppress(OSError):
+            status = entry.stat()
+            if entry.suffix == ".packed" and entry != keep:
+                files.append((status.st_mtime, status.st_size, entry))
+            elif entry.suffix == ".new" and time.time() - status.st_mtime > _ABANDONED_S:
+                entry.unlink()
+    room = MAX_BYTES - keep.stat().st_size
+    for _, size, entry in sorted(files, reverse=True):
+        room -= size
+        if room < 0:
+            with contextlib.suppress(OSError):
+                entry.unlink()
+
+
+def _weights_digest(checkpoint: Checkpoint, folder: Path) -> str:
+    """SHA-256 of the weights. It is remembered for the file as it is, because a start should not read all of it."""
+    identity = _file_identity(checkpoint.path)
+    note = folder / f"{identity}.digest" if identity else None
+    if note is not None:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if note.stat().st_uid == os.geteuid():
+                text = note.read_text()
+                if re.fullmatch(r"[0-9a-f]{64}", text):
+                    return text
+    digest = weights_sha256(checkpoint)
+    if note is not None:
+        descriptor, name = tempfile.mkstemp(suffix=".new", dir=folder)
+        with open(descriptor, "w") as file:
+            file.write(digest)
+        os.replace(name, note)
+    return digest
+
+
+def _file_identity(path: Path) -> str | None:
+    """A name for a checkpoint's files as they are now; None where they may still be changing.
+
+    A file that was replaced between the loading and now would be taken for the loaded one: one that was written within
+    the last seconds is hashed instead.
+    """
+    files = sorted(entry for entry in path.iterdir() if entry.is_file()) if path.is_dir() else [path]
+    parts = []
+    for file in files:
+        status = file.stat()
+        if time.time() - max(status.st_mtime, status.st_ctime) < _SETTLED_S:
+            return None
+        parts.append(
+            (str(file.resolve()), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        )
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
