@@ -82,6 +82,7 @@ class EngineServer:
         self._drain_until: float | None = None
         self._connections: dict[socket.socket, Connection] = {}
         self._selector = selectors.DefaultSelector()
+        self._handles_signals = False
         self._stats_due = 0.0
         self._stats_changed = False
         self._stats_sent: dict[str, Any] = {}
@@ -94,15 +95,18 @@ class EngineServer:
 
     def install_signal_handlers(self) -> None:
         """SIGTERM and SIGINT drain: what was accepted is finished, the rest is refused."""
+        self._handles_signals = True
         signal.set_wakeup_fd(self._wake_out.fileno())
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: self.drain())
 
     def drain(self) -> None:
-        """Refuse new requests, finish the running ones, then let ``run`` return. Called between two bytecodes."""
+        """Refuse new requests, finish the running ones, then let ``run`` return. May be called by any thread."""
         if self._drain_until is None:
             self._drain_until = time.monotonic() + self._drain_timeout_s
         self._engine.draining = True
+        with contextlib.suppress(OSError):
+            self._wake_out.send(b"!")
 
     def run(self) -> None:
         """Serve until drained. Raises: EngineDied when the runner is lost; everybody was told."""
@@ -276,7 +280,7 @@ class EngineServer:
         for connection in list(self._connections.values()):
             self._drop(connection)
         self._listener.close()
-        if signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN, None):
+        if self._handles_signals:
             signal.set_wakeup_fd(-1)
         self._selector.close()
         self._wake_in.close()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Served, eventually, marked_processes, request
+from engine_processes import Served, eventually, marked_processes, request
 from fake_engine import CONFIG
 from fake_runner import expected
 
