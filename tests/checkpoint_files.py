@@ -116,7 +116,10 @@ def archive(
         file.writestr(f"{folder}/data.pkl", data)
         file.writestr(f"{folder}/byteorder", byteorder)
         for key, content in storages.items():
-            file.writestr(f"{folder}/data/{key}", content)
+            info = zipfile.ZipInfo(f"{folder}/data/{key}")
+            padding = -(out.tell() + 30 + len(info.filename) + 4) % 64  # as torch.save aligns them
+            info.extra = struct.pack("<2H", 0x4246, padding) + b"Z" * padding
+            file.writestr(info, content)
         file.writestr(f"{folder}/version", b"3\n")
         for member, content in more.items():
             file.writestr(member, content)

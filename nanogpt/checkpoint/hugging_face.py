@@ -17,7 +17,7 @@ from nanogpt.checkpoint.torch_file import TorchArchive
 from nanogpt.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedCheckpoint
 from nanogpt.model.config import Activation
 
-MAX_JSON_BYTES: Final = 16 << 20
+MAX_JSON_BYTES: Final = 8 << 20
 MAX_SHARDS: Final = 1_000
 # Where a converted checkpoint keeps what GPT-2's config.json has no place for.
 OURS: Final = "nano_gpt"

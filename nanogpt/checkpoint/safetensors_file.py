@@ -23,7 +23,7 @@ from nanogpt.checkpoint.shown import shown
 from nanogpt.checkpoint.types import DType, Tensor
 from nanogpt.errors import CorruptCheckpoint, UnsupportedCheckpoint
 
-MAX_HEADER_BYTES: Final = 16 << 20  # GPT-2 XL's header has 60 kB
+MAX_HEADER_BYTES: Final = 4 << 20  # GPT-2 XL's header has 60 kB
 MAX_DIMENSIONS: Final = 8
 
 _FLOATS: Final[dict[str, DType]] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

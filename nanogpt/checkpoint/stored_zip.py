@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from nanogpt.checkpoint.mapped import MappedFile
@@ -29,10 +29,11 @@ _ENCRYPTED_FLAGS: Final = 0x1 | 0x40 | 0x2000
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """``start`` is the file offset of the member's first byte."""
+    """``header`` is the offset of the member's own header, ``limit`` that of what follows its data."""
 
     name: str
-    start: int
+    header: int
+    limit: int
     size: int
     crc32: int
 
@@ -47,8 +48,7 @@ def read_directory(file: MappedFile) -> dict[str, Member]:
     Raises: CorruptCheckpoint; UnsafeCheckpoint for names that leave the archive.
     """
     directory, count, offset = _find_directory(file)
-    members: dict[str, Member] = {}
-    spans: list[tuple[int, int, str]] = []
+    found: list[Member] = []
     pos = 0
     for _ in range(count):
         if pos + _ENTRY.size > len(directory):
@@ -67,21 +67,33 @@ def read_directory(file: MappedFile) -> dict[str, Member]:
                 f"{file.path} holds {shown(name)} compressed or encrypted; torch.save stores tensors as they are.",
                 remedy="Save the checkpoint with torch.save, and do not zip it again.",
             )
-        if name in members:
-            raise _damaged(file, f"two members are called {shown(name)}")
-        start = _data_start(file, name, header)
-        if start + size > offset:
-            raise _damaged(file, f"{shown(name)} reaches past the end of the data")
-        spans.append((header, start + size, name))
-        members[name] = Member(name, start, size, crc32)
+        found.append(Member(name, header, offset, size, crc32))
         pos = end
     if pos != len(directory):
         raise _damaged(file, "its directory has bytes left over")
-    spans.sort()
-    for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
-        if begin < end:
-            raise _damaged(file, f"{shown(name)} and {shown(other)} lie over each other")
+    found.sort(key=lambda member: member.header)
+    members: dict[str, Member] = {}
+    for member, following in itertools.zip_longest(found, found[1:]):
+        limit = following.header if following else offset
+        if member.name in members:
+            raise _damaged(file, f"two members are called {shown(member.name)}")
+        if member.header + _LOCAL.size + len(member.name) + member.size > limit:
+            raise _damaged(file, f"{shown(member.name)} reaches into what follows it")
+        members[member.name] = replace(member, limit=limit)
     return members
+
+
+def data_start(file: MappedFile, member: Member) -> int:
+    """Where the member's data begins: behind its own header, which must agree with the directory.
+
+    Looked up when it is needed: a page of each of an optimizer's members would be a good part of the optimizer.
+    """
+    magic, *_, name_len, extra_len = _LOCAL.unpack(file.bytes(member.header, _LOCAL.size))
+    start = member.header + _LOCAL.size + int(name_len) + int(extra_len)
+    name = file.bytes(member.header + _LOCAL.size, name_len)
+    if magic != b"PK\x03\x04" or name != member.name.encode("utf-8") or start + member.size > member.limit:
+        raise _damaged(file, f"{shown(member.name)} is not where the directory says")
+    return start
 
 
 def _find_directory(file: MappedFile) -> tuple[bytes, int, int]:
@@ -138,14 +150,6 @@ def _zip64(file: MappedFile, extra: bytes, size: int, packed: int, header: int) 
             break
         pos += 4 + length
     return size, packed, header
-
-
-def _data_start(file: MappedFile, name: str, header: int) -> int:
-    """Where the data begins behind its local header, which must agree with the directory."""
-    magic, *_, name_len, extra_len = _LOCAL.unpack(file.bytes(header, _LOCAL.size))
-    if magic != b"PK\x03\x04" or file.bytes(header + _LOCAL.size, name_len) != name.encode("utf-8"):
-        raise _damaged(file, f"{shown(name)} is not where the directory says")
-    return header + _LOCAL.size + int(name_len) + int(extra_len)
 
 
 def _damaged(file: MappedFile, why: str) -> CorruptCheckpoint:

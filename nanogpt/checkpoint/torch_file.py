@@ -17,7 +17,7 @@ from nanogpt.checkpoint import safe_pickle
 from nanogpt.checkpoint.lazy import NUMPY_DTYPE, LazyTensor, Span
 from nanogpt.checkpoint.mapped import MappedFile
 from nanogpt.checkpoint.pickle_machine import MAX_BYTES, Admitted, Inert
-from nanogpt.checkpoint.stored_zip import Member, read_directory
+from nanogpt.checkpoint.stored_zip import Member, data_start, read_directory
 from nanogpt.checkpoint.types import DType, Tensor
 from nanogpt.errors import CorruptCheckpoint, UnsupportedCheckpoint
 
@@ -109,7 +109,9 @@ class TorchArchive:
                 f" {storage.numel:,} elements."
             )
         size = _STORAGES[storage.kind][0]
-        flat = self.file.array(NUMPY_DTYPE[dtype], self._member(storage, name).start + offset * size, math.prod(shape))
+        flat = self.file.array(
+            NUMPY_DTYPE[dtype], data_start(self.file, self._member(storage, name)) + offset * size, math.prod(shape)
+        )
         steps = tuple(stride * size for stride in strides)
         return Tensor(dtype, np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False))
 
@@ -120,7 +122,8 @@ class TorchArchive:
 
     def _compare_checksum(self, member: Member, name: str) -> None:
         # torch.serialization.set_crc32_options(False) writes zeros: nothing to compare with.
-        if member.crc32 and zlib.crc32(self.file.data[member.start : member.start + member.size]) != member.crc32:
+        start = data_start(self.file, member)
+        if member.crc32 and zlib.crc32(self.file.data[start : start + member.size]) != member.crc32:
             raise CorruptCheckpoint(
                 f"{self.file.path} is damaged: the bytes of {name} do not have the checksum that was saved with them.",
                 remedy="Copy the file again.",
@@ -130,7 +133,7 @@ class TorchArchive:
         if member.size > MAX_BYTES:
             raise CorruptCheckpoint(f"{self.file.path} is damaged: its {member.name} has {member.size:,} bytes.")
         self._compare_checksum(member, member.name)
-        return self.file.bytes(member.start, member.size)
+        return self.file.bytes(data_start(self.file, member), member.size)
 
     def _global(self, module: str, name: str) -> Admitted | None:
         full = f"{module}.{name}"
