@@ -89,7 +89,11 @@ class Settings:
         high=256,
     )
     http_threads: int = _setting(
-        128, "Threads a worker: how many requests it holds at once.", env="NANOGPT_HTTP_THREADS", low=1, high=4096
+        544,
+        "Requests a worker holds at once; one more is answered 503. 544 is what the engine admits by default.",
+        env="NANOGPT_HTTP_THREADS",
+        low=1,
+        high=4096,
     )
     api_key: str = _setting(
         "", "Key that clients send as X-API-Key or Authorization: Bearer. Empty: open.", env="API_KEY", secret=True

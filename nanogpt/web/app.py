@@ -6,8 +6,11 @@ line in ``routes``. Making the app starts nothing: the engine is asked for when 
 
 from __future__ import annotations
 
+import logging
+
 from flask import Flask, Response, g, request
 
+from nanogpt import logs
 from nanogpt.engine.client import EngineClient
 from nanogpt.errors import SettingsError
 from nanogpt.settings import Settings
@@ -26,6 +29,8 @@ def create_app(settings: Settings | None = None, *, client: EngineClient | None 
     """
     settings = settings or process.settings or Settings.load()
     check_settings(settings)
+    if not logging.getLogger().handlers:  # neither gunicorn's hooks nor whoever embeds the app has set up a log
+        logs.configure(settings.log_format, settings.log_level)
     app = Flask("nanogpt.web", static_folder=None)
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.url_map.merge_slashes = False

@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 # Threads beside those that hold generations: for /health, for refusals, for bodies that are still arriving.
 SPARE_THREADS = 16
+# Kept-alive connections that a worker may hold beside those that are being served.
+_IDLE_CONNECTIONS = 1000
 # How long the start waits for the model. One that takes longer loads while /health says so.
 _WAIT_FOR_ENGINE_S = 10.0
 # How long a worker waits for the engine's first words, which in an engine that is up come at once.
@@ -90,10 +92,12 @@ def load_settings(settings: Settings | None = None) -> Settings:
 def configuration(settings: Settings) -> dict[str, Any]:
     """gunicorn's settings, hooks included. Its command line goes above them."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    num_threads = settings.http_threads + SPARE_THREADS
     values: dict[str, Any] = {
         "bind": f"{host}:{settings.port}",
         "worker_class": "gthread",
-        "threads": settings.http_threads + SPARE_THREADS,
+        "threads": num_threads,
+        "worker_connections": num_threads + _IDLE_CONNECTIONS,
         "graceful_timeout": int(settings.drain_timeout_s) + _KILL_AFTER_DRAIN_S,
         "logger_class": "nanogpt.web.gunicorn_log.GunicornLogger",
         "loglevel": settings.log_level,
