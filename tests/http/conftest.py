@@ -170,7 +170,7 @@ ENDLESS = {"NANOGPT_CONTEXT_OVERFLOW": "crop", "NANOGPT_MAX_NEW_TOKENS": "100000
 ENDLESS_BODY = {"prompt": "To be", "max_length": 10_000_000, "seed": 1}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server with four workers for tests that leave it as it was."""
     folder = tmp_path_factory.mktemp("server")

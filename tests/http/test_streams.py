@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import ENDLESS, ENDLESS_BODY, GUNICORN, START_S, Server, wait_for
+from conftest import BIN, ENDLESS, ENDLESS_BODY, GUNICORN, START_S, Server, wait_for
+from support import ROOT
 
 Start = Callable[..., Server]
 TWO_WORKERS = ("gunicorn", "-w", "2", "-b", "127.0.0.1:0", "web.serve:app")
@@ -93,8 +94,6 @@ def test_two_hundred_streams_at_once_none_lost_none_mixed_up(start: Start) -> No
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose texts end only when somebody ends them."""
-    from conftest import BIN, ROOT
-
     folder = tmp_path_factory.mktemp("endless")
     server = Server([str(BIN / "gunicorn"), *TWO_WORKERS[1:]], folder, ENDLESS, ROOT)
     try:
@@ -131,6 +130,14 @@ def test_a_client_that_waits_is_not_taken_for_one_that_left(server: Server) -> N
     assert [answer["generated_text"] for answer in answers] == [
         server.generate({**body, "seed": seed}).json()["generated_text"] for seed in (1, 2)
     ]
+
+
+def test_a_request_that_takes_too_long_ends_with_what_it_has(start: Start) -> None:
+    server = start(*TWO_WORKERS, **ENDLESS, NANOGPT_REQUEST_TIMEOUT_S="0.3")
+    answer = server.generate(ENDLESS_BODY)
+    assert answer.status_code == 200
+    assert answer.json()["finish_reason"] == "abort"
+    assert answer.json()["tokens_generated"] > 0
 
 
 # -- engines that end -------------------------------------------------------------------------------------------
