@@ -17,6 +17,9 @@ from nanogpt.settings import Settings
 from nanogpt.tokenizer import tokenizer_from_spec
 from nanogpt.tokenizer.base import Tokenizer
 
+# How long the first caller in a process waits for the engine's first words.
+_CONNECT_S = 0.5
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -42,7 +45,10 @@ class EngineHandle:
         if self._client is None or self._pid != os.getpid():
             with self._lock:
                 if self._client is None or self._pid != os.getpid():
-                    self._client, self._pid = EngineClient(self._settings), os.getpid()
+                    client = EngineClient(self._settings)
+                    # An engine that is up says so at once: the first caller need not be told that it is loading.
+                    client.wait_ready(_CONNECT_S)
+                    self._client, self._pid = client, os.getpid()
         return self._client
 
     def state(self) -> EngineStatus:

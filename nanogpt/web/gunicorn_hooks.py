@@ -43,8 +43,6 @@ SPARE_THREADS = 16
 _IDLE_CONNECTIONS = 1000
 # How long the start waits for the model. One that takes longer loads while /health says so.
 _WAIT_FOR_ENGINE_S = 10.0
-# How long a worker waits for the engine's first words, which in an engine that is up come at once.
-_CONNECT_S = 1.0
 # The drain's own deadline comes first, so that the last streams still get their error event before gunicorn kills.
 _KILL_AFTER_DRAIN_S = 2
 # Read again on SIGHUP; whatever else changed needs a new engine, and so a restart.
@@ -222,7 +220,7 @@ def post_worker_init(worker: Worker) -> None:
     signal.siginterrupt(signal.SIGTERM, False)
     engine = getattr(worker.wsgi, "extensions", {}).get("nanogpt")
     if engine is not None:  # the app may be wrapped in somebody's middleware
-        engine.client.wait_ready(_CONNECT_S)
+        engine.state()
     process.is_draining = lambda: process.stop_at is not None and _num_reloads[0] == born
 
 

@@ -20,7 +20,7 @@ JSON = {"Content-Type": "application/json"}
 
 @pytest.fixture(scope="module")
 def http() -> FlaskClient:
-    return make_app(EchoClient()).test_client()
+    return make_app(EchoClient()).test_client(use_cookies=False)
 
 
 def check_shape(answer: Any) -> dict[str, Any]:
