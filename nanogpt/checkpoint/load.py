@@ -102,8 +102,14 @@ def _assemble(source: Source, path: Path, setting: str) -> Checkpoint:
             f"{path}: config.json ties the head to the embedding, but the file holds a different {canonical.HEAD}.",
             remedy="Set tie_word_embeddings to false if the head was trained by itself.",
         )
-    tokenizer, notes = for_family(source.family, path, source.sizes.vocab_size, source.dataset, setting)
-    if tokenizer.name == "characters" and tokenizer.num_tokens != source.sizes.vocab_size:
+    if source.tokenizer is not None and not setting:
+        from nanogpt.tokenizer import tokenizer_from_spec
+
+        tokenizer, notes = tokenizer_from_spec(source.tokenizer), ()
+    else:
+        tokenizer, notes = for_family(source.family, path, source.sizes.vocab_size, source.dataset, setting)
+    foreign = source.tokenizer is None or bool(setting)
+    if foreign and tokenizer.name == "characters" and tokenizer.num_tokens != source.sizes.vocab_size:
         raise TokenizerError(
             f"{path} has {source.sizes.vocab_size:,} entries in its vocabulary, and the tokenizer knows"
             f" {tokenizer.num_tokens:,} characters: they do not belong together.",

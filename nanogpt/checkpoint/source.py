@@ -23,7 +23,10 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """``tensors`` have our names and layout. ``tied`` None: not declared, the tensors say. ``dataset`` is nanoGPT's."""
+    """``tensors`` have our names and layout. ``tied`` None: not declared, the tensors say. ``dataset`` is nanoGPT's.
+
+    ``tokenizer`` is a spec that lies in the file itself, as our own training writes it.
+    """
 
     family: Family
     tensors: Mapping[str, LazyTensor]
@@ -37,6 +40,7 @@ class Source:
     recorded_loss: float | None = None
     chat_template: str | None = None
     dataset: str | None = None
+    tokenizer: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = field(default=())
 
     def noting(self, *notes: str) -> Source:

@@ -19,8 +19,8 @@ from nanogpt.errors import UnsupportedCheckpoint
 _DATASET = re.compile(r"[\w-][\w.-]{0,99}(?:/[\w-][\w.-]{0,99}){0,5}")
 # Tensor names that only another architecture has.
 _OTHERS: Final = (
-    (re.compile(r"resid_lambdas|value_embeds|smear_gate|\.attn\.c_q\.weight"), "nanochat"),
-    (re.compile(r"qkvo_w|qkv_w|x0_lambdas|scalars$"), "modded-nanogpt"),
+    (re.compile(r"^(?:code|optimizers)$|qkvo?_w$"), "modded-nanogpt"),
+    (re.compile(r"_lambdas?$|value_embeds|smear_gate|\.attn\.(?:c_q|ve_gate)\.weight"), "nanochat"),
     (re.compile(r"feed_forward\.w[123]\.weight|tok_embeddings\.weight"), "llama2.c"),
     (re.compile(r"self_attn\.q_proj"), "Llama"),
     (re.compile(r"attention\.query_key_value"), "GPT-NeoX"),
@@ -44,6 +44,8 @@ def read(value: Any, path: Path) -> Source:
         raise _no_model(value, path)
     refuse_other_architecture(model, path)
     tensors = canonical.rename(weights(model, path), conv1d=False, where=str(path))
+    if isinstance(value.get("config"), dict) and isinstance(value.get("tokenizer"), dict):
+        return _ours(value, tensors, path)
     if isinstance(value.get("model_args"), dict):
         return _nanogpt(value, tensors, path)
     if isinstance(value.get("config"), Inert):
@@ -115,6 +117,29 @@ def _build_nanogpt(value: Mapping[str, Any], tensors: dict[str, LazyTensor], pat
     if path.parent.name == "logs_finetune" or (isinstance(loader, dict) and "current_shard" not in loader):
         return _instructed(source)
     return source
+
+
+def _ours(value: Mapping[str, Any], tensors: dict[str, LazyTensor], path: Path) -> Source:
+    """What nanogpt.train writes: everything is said, nothing assumed."""
+    config, template = value["config"], value.get("chat_template")
+    activation, eps, n_inner = (config.get(name) for name in ("activation", "layer_norm_eps", "n_inner"))
+    if activation not in ("gelu_tanh", "gelu_erf") or type(eps) is not float or type(n_inner) is not int:
+        raise UnsupportedCheckpoint(
+            f"{path} (config) does not say the GELU, the LayerNorm's eps or the MLP's width as this version knows them."
+        )
+    return Source(
+        family="nano-gpt-api",
+        tensors=tensors,
+        sizes=read_sizes(config, f"{path} (config)"),
+        bias=canonical.has_biases(tensors),
+        activation=activation,
+        n_inner=n_inner,
+        layer_norm_eps=eps,
+        step=step_number(value.get("step")),
+        recorded_loss=number(value.get("val_loss")),
+        chat_template=template if isinstance(template, str) else None,
+        tokenizer=value["tokenizer"],
+    )
 
 
 def _instructed(source: Source) -> Source:

@@ -14,7 +14,7 @@ from nanogpt.model.config import GPTConfig
 from nanogpt.tokenizer.base import Tokenizer
 
 DType = Literal["float32", "float16", "bfloat16", "float64"]
-Family = Literal["nanogpt", "build-nanogpt", "llm.c", "huggingface"]
+Family = Literal["nanogpt", "build-nanogpt", "llm.c", "huggingface", "nano-gpt-api"]
 
 
 @dataclass(frozen=True)

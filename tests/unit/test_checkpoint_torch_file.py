@@ -272,6 +272,7 @@ def test_code_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
     [
         ("transformer.h.0.attn.c_q.weight", "nanochat"),
         ("resid_lambdas", "nanochat"),
+        ("blocks.0.attn.qkvo_w", "modded-nanogpt"),
         ("layers.0.feed_forward.w1.weight", "llama2.c"),
         ("model.layers.0.self_attn.q_proj.weight", "Llama"),
         ("gpt_neox.layers.0.attention.query_key_value.weight", "GPT-NeoX"),
@@ -283,6 +284,13 @@ def test_other_architectures_are_refused_by_name(key: str, project: str, tmp_pat
         assert f"is a {project} checkpoint" in refused(
             tmp_path, archive(pickled(value), storages), UnsupportedCheckpoint
         )
+
+
+def test_modded_nanogpt_is_told_from_nanochat_by_what_it_saves(tmp_path: Path) -> None:
+    """Both have c_q; modded-nanogpt saves its own source code beside the weights."""
+    model, storages = state_dict({"transformer.h.0.attn.c_q.weight": np.ones(4, "<f4")})
+    value = {"step": 1, "code": "import torch", "model": model, "optimizers": []}
+    assert "modded-nanogpt" in refused(tmp_path, archive(pickled(value), storages), UnsupportedCheckpoint)
 
 
 # -- zip files that lie ---------------------------------------------------------------------------------------
