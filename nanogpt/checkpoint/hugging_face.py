@@ -95,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
-        value = json.loads(data) if len(data) <= MAX_JSON_BYTES else None
+        value = json.loads(data.decode("utf-8-sig")) if len(data) <= MAX_JSON_BYTES else None
     except OSError as error:
         raise CheckpointNotFound(f"Cannot read {path}: {error.strerror or error}.") from None
     except (ValueError, RecursionError) as error:

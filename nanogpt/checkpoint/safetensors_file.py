@@ -47,7 +47,7 @@ def read(file: MappedFile) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     if not 2 <= size <= min(MAX_HEADER_BYTES, file.size - 8):
         raise _damaged(file, f"its header would have {size:,} bytes")
     try:
-        header = json.loads(file.bytes(8, size), object_pairs_hook=_no_duplicates)
+        header = json.loads(file.bytes(8, size).decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise _damaged(file, f"its header is not readable ({error})") from None
     if not isinstance(header, dict):

@@ -196,6 +196,7 @@ BROKEN = {
     "a header past the end": struct.pack("<Q", 100) + b"{}",
     "no JSON": header_of(b"{'a'}"),
     "not UTF-8": header_of(b'{"\xff": 1}'),
+    "UTF-16, which would load a codec": header_of('{"a": 1}'.encode("utf-16-le")),
     "nested too deeply": header_of(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
     "a name twice": header_of(b'{"a": {}, "a": {}}'),
     "metadata of numbers": header_of(b'{"__metadata__": {"a": 1}}'),
