@@ -150,6 +150,8 @@ def test_a_killed_worker_takes_its_requests_along_and_nothing_else(start: Start)
 def test_a_killed_supervisor_is_replaced(start: Start) -> None:
     server = start(*TWO_WORKERS)
     os.kill(server.pid_of("nanogpt.engine.supervisor"), signal.SIGKILL)
+    # Until the workers have noticed, /ready may still say what it last knew.
+    wait_for(lambda: server.get("/ready").status_code == 503, START_S, "the loss is noticed")
     wait_for(lambda: server.get("/ready").status_code == 200, START_S, "a new engine")
     assert server.generate({"prompt": "To be", "max_length": 3}).status_code == 200
     server.signal(signal.SIGTERM)
