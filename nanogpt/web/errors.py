@@ -30,6 +30,8 @@ def error_body(error: NanoGPTError, request_id: str) -> dict[str, Any]:
 
 
 def error_response(error: NanoGPTError) -> Response:
+    if (record := g.get("record")) is not None:
+        record.outcome = error.code
     response = json_response(error_body(error, g.get("request_id", "")), error.status)
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))

@@ -25,6 +25,7 @@ def greeting(settings: Settings, status: EngineStatus, urls: list[str]) -> Itera
     if url.startswith("http"):
         key = " -H 'X-API-Key: …'" if settings.api_key else ""
         body = '{"prompt": "Once upon a time", "max_length": 100}'
+        url = url.replace("//0.0.0.0:", "//localhost:").replace("//[::]:", "//localhost:")
         yield f"Try: curl {url}/generate -H 'Content-Type: application/json'{key} -d '{body}'"
 
 

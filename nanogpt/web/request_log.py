@@ -42,7 +42,7 @@ class RequestLog:
     num_tokens: int | None = None
     ttft_s: float | None = None
     outcome: str | None = None
-    """A generation's finish_reason; ``incomplete`` when the client left or it failed."""
+    """A generation's finish_reason, or the code of what it was refused or ended with."""
 
     @classmethod
     def start(cls, request: Request, request_id: str) -> RequestLog:
@@ -54,7 +54,8 @@ class RequestLog:
     def describe(self, text: TextGeneration) -> None:
         """Note what a generation came to, for the last line."""
         self.num_tokens, self.ttft_s = text.num_tokens, text.ttft_s
-        self.outcome = text.outcome.finish_reason if text.outcome else "incomplete"
+        if text.outcome is not None:
+            self.outcome = text.outcome.finish_reason
 
     def finish(self, status: int) -> None:
         fields: dict[str, object] = {"status": status}

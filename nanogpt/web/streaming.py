@@ -51,6 +51,8 @@ class EventStream:
         return next(self._events)
 
     def close(self) -> None:
+        if self._text.outcome is None and self._record.outcome is None:
+            self._record.outcome = ClientGone.code  # gunicorn could not write, or never began to
         self._text.close()
         self._record.describe(self._text)
 
@@ -60,9 +62,10 @@ class EventStream:
                 yield PING if piece is None else event({"text": piece})
             assert self._text.outcome is not None
             yield event(self._final(self._text.outcome))
-        except ClientGone:
-            return
-        except NanoGPTError as error:
-            yield event(error_body(error, self._record.request_id), "error")
+        except ClientGone as gone:
+            self._record.outcome = gone.code
         except Exception as error:
-            yield event(error_body(unexpected(error, self._record.request_id), self._record.request_id), "error")
+            request_id = self._record.request_id
+            refusal = error if isinstance(error, NanoGPTError) else unexpected(error, request_id)
+            self._record.outcome = refusal.code
+            yield event(error_body(refusal, request_id), "error")

@@ -38,16 +38,23 @@ def ask_health(sock: socket.socket) -> dict[str, Any]:
     return body
 
 
-@pytest.mark.parametrize("command", [TWO_WORKERS, NANOGPT_SERVE], ids=["gunicorn", "nanogpt"])
-def test_sigterm_lets_what_runs_finish(start: Start, command: tuple[str, ...]) -> None:
-    """Neither a stream nor a whole answer is lost, nothing new is taken, the exit code is 0, nobody survives."""
+@pytest.mark.parametrize(
+    ("command", "to_all"),
+    [(TWO_WORKERS, False), (NANOGPT_SERVE, False), (TWO_WORKERS, True)],
+    ids=["gunicorn", "nanogpt", "systemd"],
+)
+def test_sigterm_lets_what_runs_finish(start: Start, command: tuple[str, ...], to_all: bool) -> None:
+    """The stream is not lost, /health says what happens, the exit code is 0, nobody survives.
+
+    systemd signals every process of the service, the engine and its supervisor too.
+    """
     server = start(*command, **{**ENDLESS, "NANOGPT_MAX_NEW_TOKENS": "600"})
     body = {"prompt": "To be", "max_length": 600, "seed": 3}
     with stream(server, body) as answer, kept_alive(server) as other:
         events = read_events(answer)
         next(events)
-        server.signal(signal.SIGTERM)
-        wait_for(lambda: "term" in server.log.lower(), START_S, "the signal arrives")
+        for pid in server.pids() if to_all else [server.process.pid]:
+            os.kill(pid, signal.SIGTERM)
         health = wait_for(lambda: (said := ask_health(other))["status"] != "healthy" and said, START_S, "it drains")
         assert health["status"] == "draining"
         assert health["model_loaded"] is False

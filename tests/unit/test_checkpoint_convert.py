@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoint_files import write_huggingface, write_nanogpt
+from checkpoint_files import trained_here_file, write_huggingface, write_nanogpt
 
 from nanogpt.checkpoint import load_checkpoint, weights_sha256
 from nanogpt.checkpoint.convert import convert
@@ -25,6 +25,16 @@ def test_there_and_back(target: str, bias: bool, tmp_path: Path) -> None:
     assert again.config == original.config
     assert (again.step, again.recorded_loss) == (7, 1.25)
     assert again.tokenizer.encode("a c\n") == original.tokenizer.encode("a c\n")
+
+
+@pytest.mark.parametrize("target", ["huggingface", "nanogpt"])
+def test_a_padded_vocabulary_of_characters(target: str, tmp_path: Path) -> None:
+    """nanoGPT has no padding for ids without a character: those rows are left out there."""
+    path = tmp_path / "model_00007.pt"
+    path.write_bytes(trained_here_file(padding=3, activation="gelu_erf"))
+    convert(load_checkpoint(path), tmp_path / "out", target)
+    again = load_checkpoint(tmp_path / "out").config
+    assert (again.vocab_size, again.num_tokens) == (8 if target == "huggingface" else 5, 5)
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(tmp_path: Path) -> None:

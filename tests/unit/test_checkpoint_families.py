@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from checkpoint_files import (
     pickled,
     safetensors_file,
     state_dict,
+    trained_here_file,
     write_huggingface,
     write_meta,
 )
@@ -31,7 +34,7 @@ from checkpoint_files import (
 from nanogpt.chat_template import render
 from nanogpt.checkpoint import Tensor, card, load_checkpoint, weights_sha256
 from nanogpt.checkpoint import safetensors_file as product
-from nanogpt.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, UnsupportedCheckpoint
+from nanogpt.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, NanoGPTError, UnsupportedCheckpoint
 
 
 def same_weights(folder: Path) -> None:
@@ -351,6 +354,46 @@ def test_the_instruction_template_is_what_the_fork_trains_on(shared_checkpoints:
     )
     answer = {"role": "assistant", "content": "I."}
     assert render(template, [question, answer, question]) == plain + "I.<|endoftext|>" + plain
+
+
+# -- trained here ---------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_our_own_brings_its_tokenizer(tmp_path: Path) -> None:
+    path = tmp_path / "model_00007.pt"
+    path.write_bytes(trained_here_file(padding=3))
+    checkpoint = load_checkpoint(path)
+    assert (checkpoint.family, checkpoint.step, checkpoint.recorded_loss) == ("nano-gpt-api", 7, 1.25)
+    assert (checkpoint.config.vocab_size, checkpoint.config.num_tokens) == (8, 5)
+    assert checkpoint.tokenizer.encode("abc") == [2, 3, 4]
+
+
+HOSTILE_SPECS: dict[str, Any] = {
+    "no kind": {},
+    "an unknown kind": {"kind": "tiktoken"},
+    "a kind that is a list": {"kind": []},
+    "no characters": {"kind": "characters"},
+    "characters that are a number": {"kind": "characters", "characters": 5},
+    "characters that are lists": {"kind": "characters", "characters": [["a"]] * 5},
+    "texts": {"kind": "characters", "characters": ["ab"] * 5},
+    "too many": {"kind": "characters", "characters": [chr(0x4E00 + i) for i in range(99)]},
+    "no file": {"kind": "llm.c"},
+    "a file that is no text": {"kind": "llm.c", "file": 5},
+    "a file that is not packed": {"kind": "huggingface", "file": "AAAA"},
+    "a bomb": {"kind": "huggingface", "file": base64.b64encode(zlib.compress(bytes(500 << 20), 9)).decode()},
+    "an end that is a list": {"kind": "huggingface", "eos_token": [], "name": [],
+                              "file": base64.b64encode(zlib.compress(b"{}")).decode()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", HOSTILE_SPECS.values(), ids=HOSTILE_SPECS)
+def test_a_tokenizer_in_a_file_may_be_anything(spec: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "model_00007.pt"
+    path.write_bytes(trained_here_file(tokenizer=spec))
+    with pytest.raises(NanoGPTError) as caught:
+        load_checkpoint(path)
+    assert str(path) in str(caught.value)
+    assert caught.value.exit_code == 2
 
 
 # -- card and digest ------------------------------------------------------------------------------------------

@@ -72,7 +72,12 @@ def test_a_stream_is_logged_when_it_ends(log: Log) -> None:
     assert len(log.lines()) == 1
     answer.close()
     assert len(log.lines()) == 2
-    assert "incomplete" in log.lines()[1]
+    assert "client_closed_request" in log.lines()[1]
+
+
+def test_a_refusal_is_logged_with_its_code(log: Log) -> None:
+    make_app().test_client().post("/generate", json={"prompt": ""}, headers={"X-Request-Id": "r"}).close()
+    assert "Response: 400 POST /generate id=r outcome=invalid_request total_s=" in log.lines()[1]
 
 
 def test_probes_are_logged_only_for_whoever_debugs(log: Log) -> None:
