@@ -173,6 +173,25 @@ def nanogpt_file(
     return archive(pickled({key: item for key, item in value.items() if item is not ...}), storages)
 
 
+def trained_here_file(*, padding: int = 0, tokenizer: Any = None, **changes: Any) -> bytes:
+    """The bytes of a small checkpoint as nanogpt.train writes it, with its tokenizer in it."""
+    values = arrays()
+    values["transformer.wte.weight"] = np.vstack([values["transformer.wte.weight"], np.ones((padding, 8), "<f4")])
+    model, storages = state_dict(values)
+    config = {**SIZES, "vocab_size": 5 + padding, "num_tokens": 5, "bias": True, "activation": "gelu_tanh",
+              "tied": True, "n_inner": 32, "layer_norm_eps": 1e-5}  # fmt: skip
+    value = {
+        "format": 1,
+        "model": model,
+        "config": {**config, **changes},
+        "step": 7,
+        "val_loss": 1.25,
+        "tokenizer": {"kind": "characters", "characters": list(CHARACTERS)} if tokenizer is None else tokenizer,
+        "chat_template": None,
+    }
+    return archive(pickled(value), storages)
+
+
 def write_nanogpt(folder: Path, **changes: Any) -> Path:
     """A small nanoGPT checkpoint with its meta.pkl."""
     folder.mkdir(parents=True, exist_ok=True)

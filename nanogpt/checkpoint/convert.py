@@ -120,7 +120,10 @@ def _hf_config(checkpoint: Checkpoint) -> dict[str, Any]:
 def _to_nanogpt(checkpoint: Checkpoint, folder: Path, change_gelu: bool) -> list[str]:
     config = checkpoint.config
     notes = _refuse_differences(checkpoint, "nanoGPT", "gelu_erf", change_gelu)
-    model = dict(checkpoint.tensors)
+    model, vocab_size = dict(checkpoint.tensors), config.vocab_size
+    if isinstance(checkpoint.tokenizer, CharacterTokenizer):  # nanoGPT has no padding for ids without a character
+        vocab_size, wte = config.num_tokens, model[canonical.WTE]
+        model[canonical.WTE] = Tensor(wte.dtype, wte.raw[:vocab_size])
     model[canonical.HEAD] = model[canonical.WTE]
     training: dict[str, Any] = {}
     if isinstance(checkpoint.tokenizer, CharacterTokenizer):
@@ -133,7 +136,7 @@ def _to_nanogpt(checkpoint: Checkpoint, folder: Path, change_gelu: bool) -> list
         "n_embd": config.n_embd,
         "block_size": config.block_size,
         "bias": config.bias,
-        "vocab_size": config.vocab_size,
+        "vocab_size": vocab_size,
         "dropout": 0.0,
     }
     value = {

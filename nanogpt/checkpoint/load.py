@@ -7,9 +7,10 @@ finds the tokenizer, and checks everything before it returns. Copies no tensor.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from nanogpt.checkpoint import canonical, hugging_face, llmc_file, safetensors_file, torch_families
 from nanogpt.checkpoint.find_tokenizer import for_family
@@ -21,6 +22,9 @@ from nanogpt.checkpoint.torch_file import TorchArchive
 from nanogpt.checkpoint.types import Checkpoint
 from nanogpt.errors import CheckpointNotFound, CorruptCheckpoint, TokenizerError, UnsupportedCheckpoint
 from nanogpt.model.config import Activation, GPTConfig
+
+if TYPE_CHECKING:
+    from nanogpt.tokenizer.base import Tokenizer
 
 # First bytes of what people name by mistake: what it is, and what to do.
 _STRANGERS: Final = (
@@ -102,19 +106,7 @@ def _assemble(source: Source, path: Path, setting: str) -> Checkpoint:
             f"{path}: config.json ties the head to the embedding, but the file holds a different {canonical.HEAD}.",
             remedy="Set tie_word_embeddings to false if the head was trained by itself.",
         )
-    if source.tokenizer is not None and not setting:
-        from nanogpt.tokenizer import tokenizer_from_spec
-
-        tokenizer, notes = tokenizer_from_spec(source.tokenizer), ()
-    else:
-        tokenizer, notes = for_family(source.family, path, source.sizes.vocab_size, source.dataset, setting)
-    foreign = source.tokenizer is None or bool(setting)
-    if foreign and tokenizer.name == "characters" and tokenizer.num_tokens != source.sizes.vocab_size:
-        raise TokenizerError(
-            f"{path} has {source.sizes.vocab_size:,} entries in its vocabulary, and the tokenizer knows"
-            f" {tokenizer.num_tokens:,} characters: they do not belong together.",
-            remedy="Set NANOGPT_TOKENIZER to gpt2 or to the right meta.pkl.",
-        )
+    tokenizer, notes = _tokenizer(source, path, setting)
     config = _config(source, path, tokenizer.num_tokens, tied)
     source = source.noting(*notes)
     if config.num_tokens < config.vocab_size:
@@ -132,6 +124,34 @@ def _assemble(source: Source, path: Path, setting: str) -> Checkpoint:
         chat_template=source.chat_template,
         notes=source.notes,
     )
+
+
+def _tokenizer(source: Source, path: Path, setting: str) -> tuple[Tokenizer, tuple[str, ...]]:
+    if source.tokenizer is not None and not setting:
+        return _described_tokenizer(source.tokenizer, path), ()
+    vocab_size = source.sizes.vocab_size
+    tokenizer, notes = for_family(source.family, path, vocab_size, source.dataset, setting)
+    # A converted model and its characters came into their folder together, and its vocabulary may be padded.
+    found_apart = bool(setting) or source.family != "huggingface"
+    if found_apart and tokenizer.name == "characters" and tokenizer.num_tokens != vocab_size:
+        raise TokenizerError(
+            f"{path} has {vocab_size:,} entries in its vocabulary, and the tokenizer knows {tokenizer.num_tokens:,}"
+            " characters: they do not belong together.",
+            remedy="Set NANOGPT_TOKENIZER to gpt2 or to the right meta.pkl.",
+        )
+    return tokenizer, notes
+
+
+def _described_tokenizer(spec: Mapping[str, Any], path: Path) -> Tokenizer:
+    """The tokenizer whose description lies in the checkpoint: a stranger may have written anything into it."""
+    from nanogpt.tokenizer import tokenizer_from_spec
+
+    try:
+        return tokenizer_from_spec(spec)
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error.message}", remedy=error.remedy) from None
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError):
+        raise CorruptCheckpoint(f"{path} is damaged: the description of its tokenizer cannot be read.") from None
 
 
 def _config(source: Source, path: Path, num_tokens: int, tied: bool) -> GPTConfig:

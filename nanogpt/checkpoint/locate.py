@@ -18,6 +18,7 @@ from nanogpt.errors import CheckpointNotFound
 EMBEDDED: Final = Path(__file__).resolve().parent.parent / "assets" / "default"
 
 _LATEST: Final = "latest_checkpoint.pt"
+_BEST: Final = "best_checkpoint.pt"
 _MAX_LINK_BYTES: Final = 1024
 _MAX_LINKS: Final = 8
 _STEP = re.compile(r"^(?:model|ckpt|state_step)_?0*(\d+)\.(?:pt|bin)$")
@@ -118,8 +119,8 @@ def _latest(folder: Path) -> Path | None:
 
 
 def _resolved(path: Path) -> Path:
-    """The checkpoint that ``latest_checkpoint.pt`` links to, which has the better name. Hub caches link to hashes."""
-    return path.resolve() if path.name == _LATEST else path
+    """The checkpoint that one of training's own links means, which has the better name. Hub caches link to hashes."""
+    return path.resolve() if path.name in (_LATEST, _BEST) else path
 
 
 def _nanogpt(folder: Path) -> Path | None:
