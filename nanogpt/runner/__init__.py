@@ -60,6 +60,9 @@ def create_runner(
             logger.info("The native runner is not part of this installation (%s): PyTorch computes.", error)
         else:
             return NativeRunner(checkpoint, precision=precision, num_slots=num_slots, threads=threads)
+    # Read when OpenMP is loaded, with PyTorch. By default its threads spin while they wait for each other; where HTTP
+    # workers or other processes share the cores, that is for one that cannot run: texts took ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from nanogpt.runner.torch import TorchRunner
     except ModuleNotFoundError as error:
