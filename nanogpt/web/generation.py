@@ -6,6 +6,7 @@ string, a client that left, a deadline, a worker that quits.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -142,13 +143,16 @@ class TextGeneration:
             raise RequestTimeout("The server did not come to this request in time.", remedy="Send it again later.")
 
     def _last_event(self) -> Finished | None:
-        """The engine's account of a sequence that was aborted because its text is complete: it comes within a step."""
+        """The engine's account of a sequence that was aborted because its text is complete: it comes within a step.
+
+        None when it does not, or when the engine is lost meanwhile: the text is complete all the same.
+        """
         until = time.monotonic() + 1.0
-        while (left := until - time.monotonic()) > 0:
-            event = self._generation.get(left)
-            if isinstance(event, Finished):
-                self._ended = True
-                return event
+        with contextlib.suppress(NanoGPTError):
+            while (left := until - time.monotonic()) > 0:
+                event = self._generation.get(left)
+                if isinstance(event, Finished):
+                    return event
         return None
 
     def _finish(self, finished: Finished | None, reason: str) -> None:

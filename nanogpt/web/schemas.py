@@ -18,6 +18,7 @@ from nanogpt.web.body import json_type
 
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
 Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
+MAX_BIASES = 1024
 
 # What other servers call our fields; difflib alone would not find them.
 _KNOWN_ELSEWHERE = {
@@ -62,7 +63,7 @@ class GenerateBody(BaseModel):
     frequency_penalty: float = Field(
         0.0, ge=-100.0, le=100.0, description="Subtracted for every time that a token is in the answer."
     )
-    logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = Field(
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = Field(
         None, description="Added to the logits: token id to bias."
     )
     stream: bool = Field(False, description="Answer with server-sent events.")
@@ -83,10 +84,20 @@ class GenerateBody(BaseModel):
                 field="prompt",
                 remedy=f"It has {len(prompt)} characters; this server admits {settings.max_prompt_chars}.",
             )
+        bias = fields.get("logit_bias")
+        if isinstance(bias, dict) and len(bias) > MAX_BIASES:  # before each of a million is found fault with
+            raise InvalidRequest(
+                f"logit_bias must have at most {MAX_BIASES} entries, not {len(bias)}.", field="logit_bias"
+            )
         try:
-            body = cls.model_validate(fields)
+            body = cls.model_validate({name: value for name, value in fields.items() if name in cls.model_fields})
         except ValidationError as error:
             raise _refusal(error, cls) from None
+        for name in fields:
+            if name not in cls.model_fields:
+                raise InvalidRequest(
+                    f"Unknown field {_shown(name)}.", field=name[:80], remedy=_nearest_field(name, cls.model_fields)
+                )
         if body.max_length > settings.max_new_tokens:
             raise InvalidRequest(
                 "max_length too large",
@@ -124,14 +135,9 @@ def _token_ids(bias: Mapping[str, float]) -> dict[int, float]:
 
 
 def _refusal(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
-    """The first thing that pydantic found fault with, in our words; unknown fields last."""
-    details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] == "extra_forbidden")
-    detail = details[0]
-    field = str(detail["loc"][0])
-    if detail["type"] == "extra_forbidden":
-        return InvalidRequest(
-            f"Unknown field {_shown(field)}.", field=field[:80], remedy=_nearest_field(field, model.model_fields)
-        )
+    """The first thing that pydantic found fault with, in our words."""
+    details = error.errors(include_url=False)
+    field = str(details[0]["loc"][0])
     # A union's members are each found at fault; a length tells more than "not a text".
     of_field = [d for d in details if d["loc"][0] == field]
     detail = next((d for d in of_field if d["type"] not in ("string_type", "list_type")), of_field[-1])
@@ -177,7 +183,7 @@ def _number(value: float) -> str:
 
 
 def _nearest_field(name: str, known: Mapping[str, Any]) -> str:
-    lower = name.lower()
+    lower = name[:80].lower()
     close = difflib.get_close_matches(lower, known, n=1)
     hint = _KNOWN_ELSEWHERE.get(lower) or (close[0] if close else None)
     return f"Did you mean {hint}?" if hint else f"The fields are {', '.join(known)}."

@@ -66,6 +66,23 @@ def test_a_checkpoint_by_environment_and_by_argument(start: Start, shared_checkp
     assert first["generated_text"] == second["generated_text"]
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "01_nanogpt_char/ckpt.pt",
+        "02_nanogpt_bpe",
+        "03_build_nanogpt/log",
+        "04_nano-gpt_fork/log",
+        "04_nano-gpt_fork/logs_finetune/model_00030.pt",
+        "05_llmc/gpt2_d2.bin",
+        "06_hf_gpt2/safetensors",
+    ],
+)
+def test_every_family_answers_the_guides_request(start: Start, shared_checkpoints: Path, path: str) -> None:
+    server = start("python", "-m", "web.serve", MODEL_CHECKPOINT=str(shared_checkpoints / path))
+    check_guide(server)
+
+
 def test_gunicorn_without_our_configuration_starts_one_engine(start: Start) -> None:
     """``-c /dev/null``: whichever worker needs the engine first starts it, and they share it all the same."""
     server = start(

@@ -102,6 +102,7 @@ def test_a_misspelt_prompt_is_recognised(http: FlaskClient) -> None:
         ("frequency_penalty", 101, "between -100 and 100, not 101"),
         ("logit_bias", {"five": 1}, "token ids"),
         ("logit_bias", {"5": 101}, "at most 100, not 101"),
+        ("logit_bias", {str(i): 1 for i in range(1025)}, "at most 1024 entries, not 1025"),
         ("logit_bias", [5], "an object of token ids and numbers, not a list"),
         ("stream", 1, "true or false, not 1"),
         ("stream", "true", "true or false, not 'true'"),
