@@ -8,8 +8,10 @@ because rows of 50,000 logits should not leave the device, and because a CPU mus
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from nanogpt.runner.philox import uniforms
@@ -33,7 +35,7 @@ def sample(logits: torch.Tensor, rows: Sequence[Row], num_tokens: int) -> torch.
             ]
         )
         # [R, 1] each, in one upload.
-        temperature, top_k, top_p, min_p, greedy, random = torch.from_numpy(table).to(logits.device)[:, :, None]
+        temperature, top_k, top_p, min_p, greedy, random = upload(table, logits.device)[:, :, None]
         weights = ((logits.double() - highest.double()[:, None]) / temperature).exp()
         limited = [p.top_k for p in params if 0 < p.top_k < num_tokens and not p.greedy]
         if limited:
@@ -48,6 +50,11 @@ def sample(logits: torch.Tensor, rows: Sequence[Row], num_tokens: int) -> torch.
     return torch.where(highest.isfinite(), best, -1)
 
 
+def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """An array on the device, behind what is queued there already; a blocking copy would wait for all of that."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
 def _adjusted(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     changes = [(i, change) for i, row in enumerate(rows) if (change := adjustment(row)) is not None]
     if not changes:
@@ -59,8 +66,8 @@ def _adjusted(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
         ]
     )
     values = np.stack([np.concatenate(column) for column in zip(*(change[1:] for _, change in changes), strict=True)])
-    row_of, ids = torch.from_numpy(places).to(logits.device)
-    bias, factor, penalty = torch.from_numpy(values).to(logits.device)
+    row_of, ids = upload(places, logits.device)
+    bias, factor, penalty = upload(values, logits.device)
     x = logits[row_of, ids].double() + bias
     x = torch.where(x > 0, x / factor, x * factor) - penalty
     return logits.index_put((row_of, ids), x.to(logits.dtype))

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanogpt.errors import InvalidRequest, SettingsError
+from nanogpt.errors import SettingsError
 from nanogpt.model.gpt import GPT, StoredModel
 from nanogpt.runner import sampler, sampler_torch
 from nanogpt.runner.base import Batch, Float32, Int32, StepOutput
 from nanogpt.runner.cpus import usable_cpus
+from nanogpt.runner.sampler_torch import upload
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HEAD_ROWS = 64
@@ -98,7 +99,10 @@ class TorchRunner:
         num_tokens = self.config.num_tokens
         output = StepOutput([[] for _ in batch.sampling])
         if rows:
-            picked = hidden if len(rows) == len(hidden) else hidden[[row.token for row in rows]]
+            if len(rows) < len(hidden):
+                picked = hidden.index_select(0, upload(np.array([row.token for row in rows]), self._device))
+            else:
+                picked = hidden
             logits = self._model.head(picked).float()
             if self.device == "cpu":
                 drawn = sampler.sample(logits.numpy(), rows, num_tokens)
@@ -126,12 +130,7 @@ class TorchRunner:
     @torch.inference_mode()
     def logits(self, token_ids: Int32) -> Float32:
         """Logits of every position of one text, outside all slots. Shapes: ``[T]`` → ``[T, V]``."""
-        if not 0 < len(token_ids) <= self.config.block_size:
-            raise InvalidRequest(
-                f"The text has {len(token_ids)} tokens; the model's context holds 1 to {self.config.block_size}.",
-                field="token_ids",
-            )
-        idx = torch.from_numpy(np.asarray(token_ids, np.int64)).to(self._device)
+        idx = upload(np.asarray(token_ids, np.int64), self._device)
         logits, _ = self._model(idx[None])
         result: Float32 = logits[0].float().cpu().numpy()
         return result
@@ -146,7 +145,7 @@ class TorchRunner:
         firsts = np.cumsum(counts) - counts
         positions = np.arange(len(batch.token_ids)) - np.repeat(firsts - batch.starts, counts)
         table = np.stack([batch.token_ids, positions, np.repeat(batch.slots, counts)])
-        token_ids, position, slot = torch.from_numpy(table.astype(np.int64)).to(self._device)
+        token_ids, position, slot = upload(table.astype(np.int64), self._device)
         groups = self._groups(batch, firsts, position, slot)
         transformer = self._model.transformer
         x = transformer.wte(token_ids) + transformer.wpe(position)
