@@ -1,0 +1,1 @@
+"""Benchmarks: what the performance claims in the documentation rest on."""

@@ -1,0 +1,440 @@
+"""The CPU benchmark's own arithmetic and its word that a broken peer is a row, not a crash.
+
+No engine is installed here: small scripts stand in for the worker processes and for llama.cpp's programs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2]))
+
+from benchmarks.cpu import __main__ as command
+from benchmarks.cpu import engines, install, limits, load, models, peers, report
+from benchmarks.cpu.engines import EngineFailed, LlamaCpp, Sample, Worker
+from benchmarks.cpu.workloads import WORKLOADS, tokens_per_s
+
+TINY = models.Model("tiny", n_layer=1, n_head=2, n_embd=8, vocab_size=600, block_size=16, prefill=12)
+
+
+def quiet(value: float, foreign: float = 0.0, peak_mb: float = 1.0) -> Sample:
+    return Sample(value, wall_s=1.0, foreign=foreign, peak_mb=peak_mb)
+
+
+# -- models ---------------------------------------------------------------------------------------------------
+
+
+def test_prompts_differ_by_seed_and_hold_no_special_ids() -> None:
+    first = models.prompts(600, 3, 50, seed=1)
+    assert first == models.prompts(600, 3, 50, seed=1)
+    assert first != models.prompts(600, 3, 50, seed=2)
+    assert {len(prompt) for prompt in first} == {50}
+    assert all(256 <= token < 599 for prompt in first for token in prompt)
+
+
+def test_the_model_is_one_that_the_product_itself_loads(tmp_path: Path) -> None:
+    from nanogpt.checkpoint import load_checkpoint
+
+    folder = models.make_model(TINY, tmp_path / "tiny")
+    checkpoint = load_checkpoint(folder)
+    config = checkpoint.config
+    assert (config.n_layer, config.n_head, config.n_embd) == (1, 2, 8)
+    assert (config.vocab_size, config.block_size, config.tied, config.activation) == (600, 16, True, "gelu_tanh")
+    assert checkpoint.tensors["transformer.wte.weight"].float32().std() == pytest.approx(0.02, rel=0.05)
+
+
+def test_the_model_is_made_once_and_again_only_for_another_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = models.make_model(TINY, tmp_path / "tiny") / "model.safetensors"
+    made = weights.stat().st_mtime_ns
+    models.make_model(TINY, tmp_path / "tiny")
+    assert weights.stat().st_mtime_ns == made
+    monkeypatch.setattr(models, "_FORMAT", models._FORMAT + 1)
+    models.make_model(TINY, tmp_path / "tiny")
+    assert weights.stat().st_mtime_ns != made
+
+
+def test_the_tokenizer_is_a_byte_level_bpe_that_keeps_any_text(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    folder = models.make_model(TINY, tmp_path / "tiny")
+    tokenizer = Tokenizer(BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    assert tokenizer.get_vocab_size() == 600
+    assert tokenizer.decode(tokenizer.encode("!! naïve 你好").ids) == "!! naïve 你好"
+    assert len(tokenizer.encode("!!").ids) == 1
+
+
+# -- figures --------------------------------------------------------------------------------------------------
+
+
+def test_what_each_workload_counts() -> None:
+    gpt2 = models.MODELS["gpt2"]
+    # Decode alone: the time to the first token is taken off.
+    assert tokens_per_s(WORKLOADS["W1"], gpt2, [1.5, 1.3], [0.3, 0.5]) == pytest.approx(127 / 1.0)
+    assert tokens_per_s(WORKLOADS["W2-32"], gpt2, [2.0], []) == 32 * 128 / 2.0
+    assert tokens_per_s(WORKLOADS["W3"], gpt2, [0.5, 1.5], []) == 896.0
+
+
+def test_a_disturbed_sample_counts_only_where_there_are_too_few_quiet_ones() -> None:
+    samples = [quiet(50, foreign=0.4), quiet(100), quiet(60, foreign=0.2), quiet(104), quiet(102)]
+    assert report.figure(samples, 3) == report.Figure(102, 100, 104, 3, 0)
+    assert report.figure(samples, 4) == report.Figure(101, 60, 104, 4, 1)
+    assert report.figure([], 3) is None
+
+
+def test_ours_is_held_against_the_best_peer_of_the_same_bits() -> None:
+    def row(engine: str, bits: str, mode: str, value: float) -> report.Result:
+        return report.Result("small", engine, bits, mode, samples={"W1": [quiet(value)]})
+
+    results = [
+        row(peers.OURS, "int8", "int8", 300.0),
+        row("llama.cpp", "int8", "Q8_0", 100.0),
+        row("openvino", "int8", "int8, stateful", 200.0),
+        row("llama.cpp", "int4", "Q4_0", 500.0),
+    ]
+    assert report.ratios(results, ["W1", "W3"], 5) == [
+        {"model": "small", "bits": "int8", "workload": "W1", "ratio": 1.5, "best_peer": "openvino int8, stateful"}
+    ]
+    printed = report.table(results, ["W1"], 5, {})
+    assert "**ours / best int8 peer** | **1.50 ×**" in printed
+    assert "best int4 peer" not in printed
+
+
+def test_the_memory_limit_is_bandwidth_over_the_weights_of_a_step() -> None:
+    small = models.MODELS["small"]
+    kb = limits.weight_kb(small, "int8")
+    assert kb == round((12 * 6 * 384**2 + 4096 * 384) / 1024)
+    found = limits.decode_limit({"read_gb_per_s": {str(kb): 12.0}}, small, "int8")
+    assert found == pytest.approx(12e9 / (kb * 1024))
+    assert limits.decode_limit({"error": "there is no C++ compiler"}, small, "int8") is None
+
+
+def test_foreign_load_is_what_others_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = iter([100.0, 103.0, 103.0])
+    clock = iter([0.0, 2.0, 2.0])
+    monkeypatch.setattr(load, "busy_s", lambda: next(busy))
+    monkeypatch.setattr(load.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(load.os, "cpu_count", lambda: 2)
+    watch = load.Watch()
+    # 3 s busy on two processors in 2 s: own 2 s, others 1 s of 4.
+    assert watch.foreign(2.0) == 0.25
+    # The counters are coarse; a process that used a tick more than they tell is no negative load.
+    assert watch.foreign(3.01) == 0.0
+
+
+# -- worker processes -----------------------------------------------------------------------------------------
+
+WORKER = """
+import sys, time
+sys.path.insert(0, {folder!r})
+from worker import serve
+
+def load(options):
+    {load}
+    def generate(prompts, new_tokens):
+        {generate}
+        return [new_tokens] * len(prompts)
+    return generate, {{"versions": {{"stand-in": "1"}}}}
+
+serve(load)
+"""
+
+
+def make_worker(
+    tmp_path: Path, *, load: str = "pass", generate: str = "pass", sample_s: float = 0.0, limit_s: float = 60
+) -> Worker:
+    script = tmp_path / "stand_in.py"
+    script.write_text(WORKER.format(folder=str(engines.WORKERS), load=load, generate=generate))
+    log = tmp_path / "log"
+    return Worker(TINY, Path(sys.executable), str(script), {}, log=log, sample_s=sample_s, limit_s=limit_s)
+
+
+def test_a_worker_is_warmed_up_and_timed(tmp_path: Path) -> None:
+    worker = make_worker(tmp_path, generate="time.sleep(0.01)", sample_s=0.05)
+    try:
+        worker.start()
+        assert worker.about["versions"] == {"stand-in": "1"}
+        sample = worker.sample(WORKLOADS["W2-8"], 1)
+        # Each run takes at least 0.01 s, so that a sample is made of several.
+        assert 0 < sample.tokens_per_s <= 8 * 128 / 0.01
+        assert sample.peak_mb > 1
+    finally:
+        worker.close()
+
+
+def test_prompts_are_fresh_for_every_run(tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    worker = make_worker(tmp_path, generate=f"open({str(seen)!r}, 'a').write(str(prompts[0]) + chr(10))")
+    try:
+        worker.start()
+        worker.sample(WORKLOADS["W1"], 100)
+        worker.sample(WORKLOADS["W1"], 200)
+    finally:
+        worker.close()
+    lines = seen.read_text().splitlines()
+    # Two to warm each of the two lengths up, then both lengths in both samples.
+    assert len(lines) == 8
+    assert len(set(lines[4:])) == 4
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ({"load": "import no_such_engine"}, "ModuleNotFoundError: No module named 'no_such_engine'"),
+        ({"load": "print('out of memory', file=sys.stderr); sys.exit(7)"}, "exit code 7: out of memory"),
+        ({"load": "import os; os.kill(os.getpid(), 11)"}, "exit code -11: it said nothing"),
+        ({"generate": "return [3]"}, "asked for 128 new tokens for each of 8, got [3]"),
+    ],
+)
+def test_a_broken_engine_says_why(tmp_path: Path, broken: dict[str, str], reason: str) -> None:
+    worker = make_worker(tmp_path, **broken)
+
+    def measure() -> None:
+        worker.start()
+        worker.sample(WORKLOADS["W2-8"], 1)
+
+    try:
+        with pytest.raises(EngineFailed) as failure:
+            measure()
+    finally:
+        worker.close()
+    assert reason in str(failure.value)
+
+
+def test_an_engine_that_hangs_is_given_up_and_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "END_S", 0.1)
+    worker = make_worker(tmp_path, generate="time.sleep(600)", limit_s=1)
+    try:
+        worker.start()
+        with pytest.raises(EngineFailed, match="no answer within 1 s"):
+            worker.sample(WORKLOADS["W3"], 1)
+    finally:
+        worker.close()
+    assert worker._process.returncode == -9
+
+
+# -- llama.cpp's programs -------------------------------------------------------------------------------------
+
+
+def make_llama(tmp_path: Path, bench: str, limit_s: float = 60) -> LlamaCpp:
+    for name in ("llama-bench", "llama-batched-bench"):
+        program = tmp_path / name
+        program.write_text(f"#!{sys.executable}\nimport sys, time, json\n" + textwrap.dedent(bench))
+        program.chmod(0o755)
+    return LlamaCpp(TINY, tmp_path, tmp_path / "model.gguf", 2, sample_s=0.0, limit_s=limit_s)
+
+
+def test_llama_figures_are_read_from_its_json(tmp_path: Path) -> None:
+    engine = make_llama(
+        tmp_path,
+        """
+        row = {"build_commit": "abc", "model_type": "gpt2", "samples_ns": [500_000_000]}
+        if "-npl" in sys.argv:
+            print("noise")
+            row = {"pl": 8, "t": 2.0}
+        print(json.dumps(row))
+        """,
+    )
+    engine.start()
+    assert engine.about == {"build": "abc", "model": "gpt2"}
+    assert engine.sample(WORKLOADS["W1"], 1).tokens_per_s == 256
+    assert engine.sample(WORKLOADS["W2-8"], 1).tokens_per_s == 512
+    assert engine.sample(WORKLOADS["W3"], 1).tokens_per_s == 24
+
+
+@pytest.mark.parametrize(
+    ("bench", "limit_s", "reason"),
+    [
+        (
+            "print('unknown model', file=sys.stderr); sys.exit(1)",
+            60,
+            "llama-bench ended with exit code 1: unknown model",
+        ),
+        ("print('no JSON')", 60, "llama-bench ended with exit code 0: it said nothing"),
+        ("time.sleep(600)", 0.5, "not done within 0 s"),
+    ],
+)
+def test_a_broken_llama_says_why(tmp_path: Path, bench: str, limit_s: float, reason: str) -> None:
+    with pytest.raises(EngineFailed) as failure:
+        make_llama(tmp_path, bench, limit_s).start()
+    assert reason in str(failure.value)
+
+
+# -- installation ---------------------------------------------------------------------------------------------
+
+
+def test_a_failing_step_names_its_last_line_and_its_log(tmp_path: Path) -> None:
+    installer = install.Installer(tmp_path, limit_s=60)
+    script = "print('Collecting x'); print('ERROR: no matching distribution'); raise SystemExit(1)"
+    with pytest.raises(EngineFailed, match=r"pip-x failed: ERROR: no matching distribution \(see .*pip-x\.log\)"):
+        installer._run("pip-x", [sys.executable, "-c", script])
+    with pytest.raises(EngineFailed, match="No such file or directory"):
+        installer._run("gone", [str(tmp_path / "gone")])
+    with pytest.raises(EngineFailed, match="was not done within 0 s"):
+        install.Installer(tmp_path, limit_s=0.2)._run("slow", [sys.executable, "-c", "import time; time.sleep(60)"])
+
+
+def test_the_products_constraints_do_not_reach_the_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_CONSTRAINT", "constraints.txt")
+    monkeypatch.setenv("PIP_BUILD_CONSTRAINT", "constraints.txt")
+    script = "import os; raise SystemExit(any('CONSTRAINT' in name for name in os.environ))"
+    install.Installer(tmp_path, limit_s=60)._run("env", [sys.executable, "-c", script])
+
+
+def test_a_conversion_is_done_once_for_a_model_and_again_for_another(tmp_path: Path) -> None:
+    installer = install.Installer(tmp_path, limit_s=60)
+    folder = models.make_model(TINY, tmp_path / "tiny")
+    out = tmp_path / "kind" / "tiny.out"
+    count = (
+        "import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.write_text((p.read_text() if p.exists() else '') + '.')"
+    )
+
+    def convert() -> str:
+        installer._converted(folder, out, lambda: [sys.executable, "-c", count, str(out)])
+        return out.read_text()
+
+    assert [convert(), convert()] == [".", "."]
+    (folder / "made").write_text("another")
+    assert convert() == ".."
+
+
+# -- the whole run --------------------------------------------------------------------------------------------
+
+
+class FakeEngine:
+    def __init__(self, fails_at: str = "") -> None:
+        self.about = {"versions": {"fake": "1"}}
+        self.closed = 0
+        self._fails_at = fails_at
+
+    def start(self) -> None: ...
+
+    def sample(self, workload: object, seed: int) -> Sample:
+        name = workload.name  # type: ignore[attr-defined]
+        if name == self._fails_at:
+            raise EngineFailed("it broke")
+        return quiet(100.0 + seed / 100)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: dict[str, FakeEngine | str], *words: str
+) -> tuple[int, dict]:
+    def make(name: str):
+        def maker(context: peers.Context) -> FakeEngine:
+            engine = made[name]
+            if isinstance(engine, str):
+                raise EngineFailed(engine)
+            return engine
+
+        return maker
+
+    monkeypatch.setattr(command, "ROWS", [peers.Row(name, "int8", "m", make(name)) for name in made])
+    monkeypatch.setattr(command.limits, "measure", lambda cache, threads: {"error": "not here"})
+    monkeypatch.setattr(command, "MODELS", {"small": models.MODELS["small"]})
+    monkeypatch.setattr(command, "make_model", lambda model, folder: folder)
+    out = tmp_path / "out.json"
+    status = command.main(
+        [
+            "--models",
+            "small",
+            "--cache",
+            str(tmp_path),
+            "--out",
+            str(out),
+            "--wait-idle",
+            "0",
+            "--workloads",
+            "W1,W3",
+            *words,
+        ]
+    )
+    return status, json.loads(out.read_text())
+
+
+def test_a_broken_peer_is_a_row_that_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = FakeEngine(fails_at="W3")
+    good = FakeEngine()
+    made: dict[str, FakeEngine | str] = {"gone": "pip-gone failed: no such package", "half": half, "good": good}
+    status, document = run(tmp_path, monkeypatch, made, "--repeats", "2")
+    assert status == 0
+    rows = {row["engine"]: row for row in document["rows"]}
+    assert rows["gone"]["error"] == "pip-gone failed: no such package"
+    assert rows["half"]["error"] == "W3: it broke"
+    assert set(rows["half"]["tokens_per_s"]) == {"W1"}
+    assert rows["good"]["error"] is None
+    assert rows["good"]["tokens_per_s"]["W3"]["repeats"] == 2
+    assert good.closed
+    assert half.closed
+    printed = capsys.readouterr().out
+    assert "- gone m: pip-gone failed: no such package" in printed
+    assert "| good m | 102 (101–102) | 102 (101–102) | 1 |" in printed
+
+
+def test_nothing_measured_at_all_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, document = run(tmp_path, monkeypatch, {"gone": "no"})
+    assert status == 1
+    assert document["machine"]["threads"] == 2
+
+
+def test_disturbed_samples_are_taken_again_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine()
+    values = iter([quiet(10, foreign=0.5), quiet(100), quiet(100), quiet(100), quiet(100)])
+    monkeypatch.setattr(engine, "sample", lambda workload, seed: next(values))
+    _, document = run(tmp_path, monkeypatch, {"e": engine}, "--repeats", "2", "--retakes", "3")
+    figures = document["rows"][0]["tokens_per_s"]
+    assert figures["W1"] == {"median": 100, "min": 100, "max": 100, "repeats": 2, "disturbed": 0}
+    assert len(document["rows"][0]["samples"]["W3"]) == 2
+
+
+def test_an_engine_has_a_bounded_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 100_000, 1000))
+    monkeypatch.setattr(command.time, "perf_counter", lambda: next(clock))
+    _, document = run(tmp_path, monkeypatch, {"e": FakeEngine()}, "--limit", "1500")
+    assert document["rows"][0]["error"] == "W1: took more than 1500 s in all"
+
+
+@pytest.mark.parametrize("words", [["--only", "llama"], ["--workloads", "W9"], ["--models", ""]])
+def test_unknown_names_are_refused_with_those_that_exist(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        command.arguments(words)
+    assert end.value.code == 2
+    assert "known are" in capsys.readouterr().err
+
+
+def test_the_rows_cover_every_engine_in_both_bit_widths() -> None:
+    ours = [row.bits for row in peers.ROWS if row.engine == peers.OURS]
+    assert ours == ["int8", "int4"]
+    assert len({row.name for row in peers.ROWS}) == len(peers.ROWS)
+
+
+def test_a_lock_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    import fcntl
+
+    path = tmp_path / "lock"
+    with load.locked(path), path.open("a") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with path.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_waiting_for_a_quiet_machine_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load.Watch, "foreign", lambda self, own: 1.0)
+    monkeypatch.setattr(load.time, "sleep", lambda seconds: None)
+    before = time.monotonic()
+    load.wait_until_idle(0.05)
+    assert time.monotonic() - before >= 0.05
