@@ -53,8 +53,6 @@ def run(args: argparse.Namespace) -> int:
                 "The checkpoint is given twice.", remedy="Leave --model-checkpoint away.", field="model_checkpoint"
             )
         flags["model_checkpoint"] = args.checkpoint
-    settings = Settings.load(flags, config=args.config)
     from nanogpt.web.server import serve
 
-    serve(settings)
-    return 0
+    serve(lambda: Settings.load(flags, config=args.config))

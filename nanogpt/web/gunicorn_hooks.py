@@ -21,6 +21,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -60,14 +61,14 @@ _supervisor: Handle | None = None
 _status = EngineStatus()
 
 
-def load_settings(settings: Settings | None = None) -> Settings:
-    """Check the settings (given, or the process's own) and keep them for the app. Ends the process if they are wrong.
+def load_settings(load: Callable[[], Settings] = Settings.load) -> Settings:
+    """Load and check the settings, and keep them for the app. Ends the process if they are wrong.
 
     On a reload, settings that are wrong are refused and the former ones stay: a slip in a file stops no server.
     """
     former = process.settings
     try:
-        settings = settings or Settings.load()
+        settings = load()
         check_settings(settings)
     except NanoGPTError as error:
         if former is None:
@@ -96,6 +97,8 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "worker_class": "gthread",
         "threads": num_threads,
         "worker_connections": num_threads + _IDLE_CONNECTIONS,
+        # Longer than nginx keeps its own idle connections (60 s): it never sends a request into one that is closing.
+        "keepalive": 75,
         "graceful_timeout": int(settings.drain_timeout_s) + _KILL_AFTER_DRAIN_S,
         "logger_class": "nanogpt.web.gunicorn_log.GunicornLogger",
         "loglevel": settings.log_level,

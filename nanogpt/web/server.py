@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NoReturn
+
 from flask import Flask
 from gunicorn.app.base import BaseApplication
 
@@ -11,15 +14,14 @@ from nanogpt.web.app import create_app
 
 
 class Server(BaseApplication):  # type: ignore[misc]
-    """gunicorn, configured by our settings alone."""
+    """gunicorn, configured by our settings alone. ``load`` loads them, at the start and again on SIGHUP."""
 
-    def __init__(self, settings: Settings | None) -> None:
-        self._settings = settings
+    def __init__(self, load: Callable[[], Settings]) -> None:
+        self._load = load
         super().__init__()
 
     def load_config(self) -> None:
-        """Also called on SIGHUP: the environment and the settings file are then read again."""
-        settings, self._settings = gunicorn_hooks.load_settings(self._settings), None
+        settings = gunicorn_hooks.load_settings(self._load)
         for name, value in gunicorn_hooks.configuration(settings).items():
             if name in self.cfg.settings:  # not every version of gunicorn has them all
                 self.cfg.set(name, value)
@@ -28,6 +30,7 @@ class Server(BaseApplication):  # type: ignore[misc]
         return create_app()
 
 
-def serve(settings: Settings | None = None) -> None:
-    """Serve until a signal ends it. Without settings: those of the environment. Raises: SystemExit, always."""
-    Server(settings).run()
+def serve(load: Callable[[], Settings] = Settings.load) -> NoReturn:
+    """Serve until a signal ends it."""
+    Server(load).run()
+    raise AssertionError("gunicorn ends by SystemExit")

@@ -23,19 +23,20 @@ def kept_alive(server: Server) -> socket.socket:
     """A connection that has had an answer and stays open."""
     host, port = server.url.removeprefix("http://").split(":")
     sock = socket.create_connection((host, int(port)), timeout=30)
-    assert ask_health(sock)["status"] == "healthy"
+    assert ask_health(sock)[1]["status"] == "healthy"
     return sock
 
 
-def ask_health(sock: socket.socket) -> dict[str, Any]:
+def ask_health(sock: socket.socket) -> tuple[bytes, dict[str, Any]]:
+    """The answer's head and its body."""
     sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
     data = b""
     while not data.endswith(b"}\n"):
         part = sock.recv(65536)
         assert part, "the connection was closed"
         data += part
-    body: dict[str, Any] = json.loads(data.split(b"\r\n\r\n")[1])
-    return body
+    head, _, body = data.partition(b"\r\n\r\n")
+    return head, json.loads(body)
 
 
 @pytest.mark.parametrize(
@@ -48,19 +49,19 @@ def test_sigterm_lets_what_runs_finish(start: Start, command: tuple[str, ...], t
 
     systemd signals every process of the service, the engine and its supervisor too.
     """
-    server = start(*command, **{**ENDLESS, "NANOGPT_MAX_NEW_TOKENS": "600"})
-    body = {"prompt": "To be", "max_length": 600, "seed": 3}
+    server = start(*command, **{**ENDLESS, "NANOGPT_MAX_NEW_TOKENS": "400"})
+    body = {"prompt": "To be", "max_length": 400, "seed": 3}
     with stream(server, body) as answer, kept_alive(server) as other:
         events = read_events(answer)
         next(events)
         for pid in server.pids() if to_all else [server.process.pid]:
             os.kill(pid, signal.SIGTERM)
-        health = wait_for(lambda: (said := ask_health(other))["status"] != "healthy" and said, START_S, "it drains")
+        health = wait_for(lambda: (said := ask_health(other)[1])["status"] != "healthy" and said, START_S, "it drains")
         assert health["status"] == "draining"
         assert health["model_loaded"] is False
         *_, (name, final) = events
     assert name == "message"
-    assert final["tokens_generated"] == 600
+    assert final["tokens_generated"] == 400
     assert server.wait_exit() == 0
     server.wait_gone(5.0)
     assert "Traceback" not in server.log
@@ -99,16 +100,22 @@ def test_sighup_keeps_streams_and_the_engine(start: Start, tmp_path: Path) -> No
     config.write_text("max_prompt_chars = 1000\nmax_new_tokens = 10000000")
     server = start(*TWO_WORKERS, NANOGPT_CONFIG=str(config), NANOGPT_CONTEXT_OVERFLOW="crop")
     engine_pid, workers = server.pid_of("nanogpt.engine.process"), set(server.worker_pids())
-    body = {**ENDLESS_BODY, "max_length": 1200}
+    body = {**ENDLESS_BODY, "max_length": 800}
     with stream(server, body) as answer, kept_alive(server) as other:
         events = read_events(answer)
         next(events)
         config.write_text("max_prompt_chars = 5\nmax_new_tokens = 10000000\nmax_queue = 7")
         server.signal(signal.SIGHUP)
-        wait_for(lambda: len(set(server.worker_pids()) - workers) == 2, START_S, "new workers")
-        assert ask_health(other)["status"] == "healthy"
+
+        def last_answer() -> bool:
+            head, body = ask_health(other)
+            assert body["status"] == "healthy"
+            return b"Connection: close" in head
+
+        wait_for(last_answer, START_S, "the old worker takes leave")
         *_, (name, final) = events
-    assert (name, final["tokens_generated"]) == ("message", 1200)
+    assert (name, final["tokens_generated"]) == ("message", 800)
+    wait_for(lambda: len(set(server.worker_pids()) - workers) == 2, START_S, "new workers")
     wait_for(lambda: not set(server.worker_pids()) & workers, START_S, "the old workers go")
     assert server.generate({"prompt": "To be, or not"}).json()["error"] == "Prompt too long"
     assert server.pid_of("nanogpt.engine.process") == engine_pid
@@ -118,13 +125,15 @@ def test_sighup_keeps_streams_and_the_engine(start: Start, tmp_path: Path) -> No
 def test_a_slip_in_the_settings_file_stops_no_server(start: Start, tmp_path: Path) -> None:
     config = tmp_path / "settings.toml"
     config.write_text("")
-    server = start(*NANOGPT_SERVE, NANOGPT_CONFIG=str(config))
-    workers = set(server.worker_pids())
-    config.write_text("max_promt_chars = 5")
+    server = start(*NANOGPT_SERVE, "--max-prompt-chars", "9", "--config", str(config))
+    config.write_text("max_new_tokns = 5")
     server.signal(signal.SIGHUP)
-    wait_for(lambda: "The former settings stay: Unknown key 'max_promt_chars'" in server.log, START_S, "it says so")
-    wait_for(lambda: set(server.worker_pids()) - workers, START_S, "a new worker")
-    assert server.generate({"prompt": "To be, or not", "max_length": 1}).status_code == 200
+    wait_for(lambda: "The former settings stay: Unknown key 'max_new_tokns'" in server.log, START_S, "it says so")
+    config.write_text("max_new_tokens = 5\nmax_prompt_chars = 5")
+    server.signal(signal.SIGHUP)
+    refused = {"prompt": "To be", "max_length": 6}
+    wait_for(lambda: server.generate(refused).status_code == 400, START_S, "the file is read again")
+    assert server.generate({"prompt": "To be, or", "max_length": 5}).status_code == 200  # the flag is above the file
 
 
 @pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])

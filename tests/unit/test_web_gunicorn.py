@@ -84,7 +84,7 @@ def test_the_address_to_listen_at(host: str, bind: str) -> None:
 
 def test_a_reload_takes_what_it_can_and_names_the_rest(served: Any, caplog: pytest.LogCaptureFixture) -> None:
     served(api_key="old", max_queue=5)
-    settings = gunicorn_hooks.load_settings(Settings(api_key="new", max_queue=6))
+    settings = gunicorn_hooks.load_settings(lambda: Settings(api_key="new", max_queue=6))
     assert (settings.api_key, settings.max_queue) == ("new", 5)
     assert "max_queue" in caplog.text
     assert "api_key" not in caplog.text
