@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.cpu import limits, machine, report
 from benchmarks.cpu.engines import Engine, EngineFailed
 from benchmarks.cpu.install import Installer
-from benchmarks.cpu.load import locked, wait_until_idle
+from benchmarks.cpu.load import Turns, wait_until_idle
 from benchmarks.cpu.models import MODELS, make_model
 from benchmarks.cpu.peers import ENGINES, ROWS, Context, start
 from benchmarks.cpu.workloads import WORKLOADS
@@ -53,7 +53,11 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--wait-idle", type=float, default=5, help="seconds to wait for a quiet machine before a sample"
     )
-    parser.add_argument("--lock", type=Path, help="file to lock during each sample, to take turns with other programs")
+    parser.add_argument(
+        "--lock",
+        type=Path,
+        help="file to lock while measuring, half a minute at a time, to take turns with other programs",
+    )
     parser.add_argument("--cache", type=Path, default=_ROOT / "build" / "bench", help="where engines and models lie")
     parser.add_argument("--out", type=Path, help="the JSON file (default: results/ in the cache)")
     return parser.parse_args(words)
@@ -62,8 +66,9 @@ def arguments(words: list[str]) -> argparse.Namespace:
 class Run:
     """All engines of one model, measured in turn: a sample of each, then the next sample of each."""
 
-    def __init__(self, options: argparse.Namespace, installer: Installer) -> None:
+    def __init__(self, options: argparse.Namespace, installer: Installer, turns: Turns) -> None:
         self._options = options
+        self._turns = turns
         self._installer = installer
         self._spent: dict[int, float] = {}
 
@@ -90,6 +95,7 @@ class Run:
                     engines.append((result, engine))
             self._rounds(engines)
         finally:
+            self._turns.give_up()
             for _, engine in engines:
                 engine.close()
 
@@ -109,7 +115,7 @@ class Run:
         try:
             if self._spent.get(id(engine), 0.0) > options.limit:
                 raise EngineFailed(f"took more than {options.limit:.0f} s in all")
-            with locked(options.lock):
+            with self._turns:
                 wait_until_idle(0 if options.quick else options.wait_idle)
                 before = time.perf_counter()
                 sample = engine.sample(WORKLOADS[workload], 100 * (number + 1))
@@ -130,7 +136,8 @@ def main(words: list[str]) -> int:
     installer = Installer(options.cache, limit_s=3600)
     about = machine.describe(options.threads)
     about["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    with locked(options.lock):
+    turns = Turns(options.lock)
+    with turns:
         found_limits = limits.measure(options.cache, options.threads)
     repeats = 1 if options.quick else options.repeats
     kept = {key: value for key, value in vars(options).items() if key not in ("cache", "out", "lock")}
@@ -138,7 +145,7 @@ def main(words: list[str]) -> int:
     out = options.out or options.cache / "results" / f"cpu-{about['time'].replace(':', '')}.json"
     try:
         for name in options.models:
-            Run(options, installer).measure(name, results)
+            Run(options, installer, turns).measure(name, results)
     except KeyboardInterrupt:
         _say("interrupted: what was measured so far follows")
     document = report.as_json(results, options.workloads, repeats, about, found_limits, kept)

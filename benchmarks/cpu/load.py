@@ -9,9 +9,8 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 DISTURBED = 0.03
 """A sample is marked when foreign load took more than this share of the processors."""
@@ -53,12 +52,31 @@ def wait_until_idle(limit_s: float) -> None:
             return
 
 
-@contextmanager
-def locked(path: Path | None) -> Iterator[None]:
-    """Hold an exclusive file lock, so that several people can measure on one machine in turn."""
-    if path is None:
-        yield
-        return
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+class Turns:
+    """An exclusive file lock, so that several people can measure on one machine in turn.
+
+    It is kept from one sample to the next until ``hold_s`` are over, then others get their turn. Without a path it
+    does nothing.
+    """
+
+    def __init__(self, path: Path | None, hold_s: float = 35.0) -> None:
+        self._path = path
+        self._hold_s = hold_s
+        self._file: IO[str] | None = None
+        self._since = 0.0
+
+    def __enter__(self) -> None:
+        if self._path and self._file is None:
+            self._file = self._path.open("a")
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            self._since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        if self._file and time.monotonic() - self._since >= self._hold_s:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Let the lock go, whatever is left of the turn."""
+        if self._file:
+            self._file.close()
+            self._file = None

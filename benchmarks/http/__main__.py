@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.cpu import machine
 from benchmarks.cpu.engines import EngineFailed
 from benchmarks.cpu.install import Installer
-from benchmarks.cpu.load import locked, wait_until_idle
+from benchmarks.cpu.load import Turns, wait_until_idle
 from benchmarks.cpu.models import MODELS, make_model
 from benchmarks.cpu.peers import ROWS, Context, start
 from benchmarks.cpu.workloads import Workload
@@ -115,11 +115,11 @@ def measure(server: servers.Server, context: Context, options: argparse.Namespac
             rows.append(row)
             results = []
             for number in range(options.waves + 1):
-                with locked(options.lock):
+                with Turns(options.lock, hold_s=0):
                     wait_until_idle(options.wait_idle)
                     results.append(load(server, streams, 1, 1000 * (number + 1), options.limit))
             row.update(summary(results[1:]))
-            with locked(options.lock):
+            with Turns(options.lock, hold_s=0):
                 wait_until_idle(options.wait_idle)
                 row["engine_alone"] = engine_figure(server.row, context, streams, 7, options.waves)
             row["share_of_engine"] = round(row["tokens_per_s"]["median"] / row["engine_alone"]["median"], 3)

@@ -5,6 +5,7 @@ No engine is installed here: small scripts stand in for the worker processes and
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 import textwrap
@@ -422,14 +423,25 @@ def test_the_rows_cover_every_engine_in_both_bit_widths() -> None:
     assert len({row.name for row in peers.ROWS}) == len(peers.ROWS)
 
 
-def test_a_lock_is_held_by_one_at_a_time(tmp_path: Path) -> None:
-    import fcntl
+def test_a_turn_is_kept_until_its_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def free() -> bool:
+        with path.open("a") as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
 
     path = tmp_path / "lock"
-    with load.locked(path), path.open("a") as other, pytest.raises(BlockingIOError):
-        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with path.open("a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    clock = iter([0.0, 20.0, 40.0])
+    monkeypatch.setattr(load.time, "monotonic", lambda: next(clock))
+    turns = load.Turns(path, hold_s=35)
+    with turns:
+        assert not free()
+    assert not free()
+    with turns:
+        assert not free()
+    assert free()
 
 
 def test_waiting_for_a_quiet_machine_ends(monkeypatch: pytest.MonkeyPatch) -> None:
