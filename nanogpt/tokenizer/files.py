@@ -57,6 +57,10 @@ def pack(data: bytes) -> str:
 
 def unpack(packed: Any) -> bytes:
     try:
-        return zlib.decompress(base64.b64decode(packed, validate=True))
+        decompressor = zlib.decompressobj()
+        data = decompressor.decompress(base64.b64decode(packed, validate=True), _MAX_FILE_BYTES)
+        if not decompressor.eof:  # cut short, or larger than any: a description may come with a stranger's checkpoint
+            raise ValueError("it is not whole, or too large")
+        return data
     except (TypeError, ValueError, binascii.Error, zlib.error) as error:
         raise TokenizerError(f"A tokenizer's description is damaged: {error}.") from None
