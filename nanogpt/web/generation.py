@@ -98,34 +98,37 @@ class TextGeneration:
         last_sent = time.monotonic()
         while True:
             event = self._generation.get(min(_LOOK_UP_S, self._silence_s))
+            now = time.monotonic()
             if self._client_gone():
                 raise ClientGone("The client closed the connection.")
-            if process.stop_at is not None and time.monotonic() >= process.stop_at and not isinstance(event, Finished):
+            if process.stop_at is not None and now >= process.stop_at and not isinstance(event, Finished):
                 raise EngineDraining("The server is stopping.", remedy="Send the request again.")
-            if event is None:
-                now = time.monotonic()
-                if now - last_sent >= self._silence_s:
-                    last_sent = now
-                    yield None
-            elif isinstance(event, Tokens):
-                if not self._first_token_at:
-                    self._first_token_at = time.monotonic()
-                piece = self._text.push(event.token_ids)
-                if piece:
-                    yield piece
-                    last_sent = time.monotonic()
-                if self._text.stopped:
-                    self._generation.abort()
-                    self._finish(self._last_event(), "stop")
-                    return
-            else:
-                self._ended = True
-                self._check_end(event)
-                piece = self._text.finish()
-                if piece:
-                    yield piece
+            piece = self._take(event, now) if event is not None else ""
+            if piece:
+                yield piece
+                last_sent = now
+            elif now - last_sent >= self._silence_s:
+                yield None
+                last_sent = now
+            if isinstance(event, Finished):
                 self._finish(event, "stop" if self._text.stopped else event.reason)
                 return
+            if self._text.stopped:
+                self._generation.abort()
+                self._finish(self._last_event(), "stop")
+                return
+
+    def _take(self, event: Tokens | Finished, now: float) -> str:
+        """The text that this event adds."""
+        if isinstance(event, Tokens):
+            self._first_token_at = self._first_token_at or now
+            return self._text.push(event.token_ids)
+        self._ended = True
+        if event.reason == "error":
+            raise EngineDied("The engine failed while it worked on this request.", remedy="Send the request again.")
+        if event.error == TIMEOUT and not self._text.num_tokens:
+            raise RequestTimeout("The server did not come to this request in time.", remedy="Send it again later.")
+        return self._text.finish()
 
     def close(self) -> None:
         """End the sequence if it is still running. May be called at any time, and again."""
@@ -135,12 +138,6 @@ class TextGeneration:
         if not self._ended:
             self._generation.abort()
         self._on_close()
-
-    def _check_end(self, finished: Finished) -> None:
-        if finished.reason == "error":
-            raise EngineDied("The engine failed while it worked on this request.", remedy="Send the request again.")
-        if finished.error == TIMEOUT and not self._text.num_tokens:
-            raise RequestTimeout("The server did not come to this request in time.", remedy="Send it again later.")
 
     def _last_event(self) -> Finished | None:
         """The engine's account of a sequence that was aborted because its text is complete: it comes within a step.

@@ -216,7 +216,8 @@ def post_worker_init(worker: Worker) -> None:
     born = _num_reloads[0]
 
     def on_term(signum: int, frame: FrameType | None) -> None:
-        process.stop_at = time.monotonic() + settings.drain_timeout_s
+        if process.stop_at is None:  # systemd tells each process itself, and then the arbiter tells it again
+            process.stop_at = time.monotonic() + settings.drain_timeout_s
         worker.handle_exit(signum, frame)
 
     signal.signal(signal.SIGTERM, on_term)
@@ -234,4 +235,5 @@ def worker_int(worker: Worker) -> None:
 
 def worker_exit(arbiter: Arbiter, worker: Worker) -> None:
     """Threads that still hold a text end it now: Python joins them before the process can end."""
-    process.stop_at = time.monotonic()
+    if worker.pid == os.getpid():  # gunicorn also calls this in the arbiter, for a worker that has vanished
+        process.stop_at = time.monotonic()

@@ -10,6 +10,7 @@ from flask import Blueprint, Response, g, request
 from nanogpt._version import __version__
 from nanogpt.engine.messages import GenerateRequest
 from nanogpt.errors import QueueFull
+from nanogpt.sampling_params import SamplingParams
 from nanogpt.settings import Settings
 from nanogpt.web import process
 from nanogpt.web.answers import json_response
@@ -31,9 +32,14 @@ def make_routes(settings: Settings, engine: EngineHandle) -> Blueprint:
     @routes.post("/generate")
     def generate() -> Response:
         body = GenerateBody.parse(read_json_object(request, settings.max_body_bytes), settings)
-        model = engine.model()
-        prompt_token_ids = model.tokenizer.encode(body.prompt)
-        text = start(model, prompt_token_ids, body)
+        if not places.acquire(blocking=False):
+            raise QueueFull("The server is busy.", remedy="Send the request again later.")
+        try:
+            model = engine.model()
+            text = start(model, model.tokenizer.encode(body.prompt), body.sampling_params())
+        except BaseException:
+            places.release()
+            raise
         if body.stream:
             return EventStream(text, g.record, lambda outcome: generate_answer(body, model, outcome)).response()
         try:
@@ -42,25 +48,18 @@ def make_routes(settings: Settings, engine: EngineHandle) -> Blueprint:
             text.close()
             g.record.describe(text)
 
-    def start(model: ServedModel, prompt_token_ids: list[int], body: GenerateBody) -> TextGeneration:
-        """Hand the request to the engine. Raises: QueueFull and whatever the engine refuses it with."""
-        if not places.acquire(blocking=False):
-            raise QueueFull("The server is busy.", remedy="Try again shortly.")
+    def start(model: ServedModel, prompt_token_ids: list[int], params: SamplingParams) -> TextGeneration:
+        """Hand the request to the engine. Raises: whatever the engine refuses it with."""
         record: RequestLog = g.record
-        params = body.sampling_params()
-        try:
-            generation = engine.client.submit(
-                GenerateRequest(
-                    prompt_token_ids,
-                    params,
-                    request_id=record.request_id,
-                    client=request.remote_addr or "",
-                    timeout_s=settings.request_timeout_s,
-                )
+        generation = engine.client.submit(
+            GenerateRequest(
+                prompt_token_ids,
+                params,
+                request_id=record.request_id,
+                client=request.remote_addr or "",
+                timeout_s=settings.request_timeout_s,
             )
-        except BaseException:
-            places.release()
-            raise
+        )
         return TextGeneration(
             generation,
             model.tokenizer,

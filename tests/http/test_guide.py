@@ -25,7 +25,8 @@ def check_guide(server: Server) -> None:
     body = answer.json()
     assert body["prompt"] == REQUEST["prompt"]
     assert body["generated_text"].startswith(REQUEST["prompt"])
-    assert 0 < body["tokens_generated"] <= 150
+    assert body["tokens_generated"] <= 150  # none, when the end of the text is what the dice say first
+    assert body["finish_reason"] in ("stop", "length")
 
 
 @pytest.mark.parametrize("extra", [[], ["--timeout", "120"], ["--preload"]], ids=["plain", "timeout", "preload"])

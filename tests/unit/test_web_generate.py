@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from flask.testing import FlaskClient
 from web_support import EchoClient, make_app
 
-from nanogpt.engine.messages import EngineState
+from nanogpt.engine.messages import EngineState, Tokens
 from nanogpt.errors import EngineDied, EngineLoading, QueueFull
 
 
@@ -122,6 +123,28 @@ def test_silence_is_filled_with_comments(engine: EchoClient) -> None:
     assert next(chunks) == b": ping\n\n"
     engine.generations[0].finish("length", 0)
     assert events(b"".join(chunks))[-1][1]["finish_reason"] == "length"
+    answer.close()
+
+
+def test_tokens_that_are_no_text_yet_are_silence_too(engine: EchoClient) -> None:
+    """A stop string that always seems to begin holds the text back, however busy the engine is."""
+    engine.hold = True
+    http = make_app(engine, stream_ping_s=0.05).test_client()
+    answer = http.post("/generate", json={"prompt": "a", "stream": True, "stop": "a" * 1000}, buffered=False)
+    generation = engine.generations[0]
+    chunks = iter(answer.response)
+    assert next(chunks) == b": ping\n\n"
+    fed = threading.Event()
+
+    def feed() -> None:
+        while not fed.wait(0.01):
+            generation.events.put(Tokens(generation.request.prompt_token_ids[:1]))
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    assert [next(chunks) for _ in range(3)] == [b": ping\n\n"] * 3
+    fed.set()
+    feeder.join()
     answer.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 from dataclasses import replace
 from typing import Any
 
@@ -227,6 +228,17 @@ def test_a_body_shorter_than_it_says_is_refused(http: FlaskClient) -> None:
     answer = http.post("/generate", input_stream=io.BytesIO(b'{"prompt"'), content_length=100, headers=JSON)
     assert answer.status_code == 400
     check_shape(answer)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanogpt.web.body.SOCKET_TIMEOUT_S", 0.05)
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ours.makefile("rb", buffering=0) as stream:
+        theirs.sendall(b'{"prompt"')
+        environ = {"wsgi.input": stream, "CONTENT_LENGTH": "100", "gunicorn.socket": ours}
+        answer = make_app().test_client().post("/generate", headers=JSON, environ_overrides=environ)
+    assert answer.status_code == 400
+    assert "did not arrive" in check_shape(answer)["error"]
 
 
 # -- routes -----------------------------------------------------------------------------------------------------
