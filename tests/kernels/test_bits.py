@@ -1,5 +1,5 @@
-"""The kernels' stand-alone test against the golden file of bits: every instruction set of x86 (AMX's tiles in software),
-NEON under qemu, and all of it under the address and undefined-behaviour sanitizers."""
+"""The kernels' stand-alone test against the golden file of bits: every instruction set of x86 (AMX's tiles in
+software), NEON under qemu, and the former under the address and undefined-behaviour sanitizers."""
 
 from __future__ import annotations
 
