@@ -11,11 +11,15 @@ from typing import Any
 
 
 class EngineChild:
-    """A started engine process. ``status_fd`` becomes readable when it reports; ``poll`` says whether it has ended."""
+    """A started engine process. ``status_fd`` becomes readable when it reports; ``poll`` says whether it has ended.
+
+    Raises: OSError when no process can be started.
+    """
 
     def __init__(self, argv: list[str], settings: dict[str, Any], socket_path: Path) -> None:
         self.socket_path = socket_path
         self.ready = False
+        self.has_hung_up = False
         self.status_fd, theirs = os.pipe()
         os.set_blocking(self.status_fd, False)
         self._unread = b""
@@ -23,6 +27,9 @@ class EngineChild:
         try:
             # Its standard input stays open while this process lives: its end is the engine's end.
             self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, pass_fds=(theirs,))
+        except OSError:
+            os.close(self.status_fd)
+            raise
         finally:
             os.close(theirs)
         self.pid = self._process.pid
@@ -54,6 +61,7 @@ class EngineChild:
             except BlockingIOError:
                 break
             if not data:
+                self.has_hung_up = True
                 break
             self._unread += data
         *lines, self._unread = self._unread.split(b"\n")
@@ -63,17 +71,22 @@ class EngineChild:
                 self._failure = report["reason"]
         return reports
 
-    def close(self) -> str:
-        """Reap the ended process, close the pipes, remove its socket. Returns in one sentence why it ended."""
-        code = self._process.wait()
+    def close(self) -> None:
+        """Reap the ended process, close the pipes, remove its socket."""
+        self._process.wait()
         try:
             self._stdin.close()
         except BrokenPipeError:
             pass
         os.close(self.status_fd)
         self.socket_path.unlink(missing_ok=True)
+
+    @property
+    def reason(self) -> str:
+        """Why it has ended, in one sentence: its own words, or what the system says."""
         if self._failure:
             return self._failure
+        code = self._process.returncode
         if code < 0:
             return f"The engine was killed by {signal.Signals(-code).name}."
         return f"The engine ended with exit code {code}."

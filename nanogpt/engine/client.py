@@ -46,6 +46,8 @@ logger = logging.getLogger("nanogpt.engine")
 _DEADLINE_GRACE_S = 10.0
 # A start that failed is not tried again by every request that comes in the same moment.
 _RETRY_S = 0.5
+# An engine that takes in nothing for so long is given up; it reads between any two steps.
+_SEND_TIMEOUT_S = 30.0
 _READ_BYTES = 1 << 18
 _NO_SUPERVISOR = {
     "state": "loading",
@@ -95,10 +97,13 @@ class Generation:
         self.events: SimpleQueue[Tokens | Finished | NanoGPTError | None] = SimpleQueue()
 
     def get(self, timeout: float | None = None) -> Tokens | Finished | None:
-        """The next event, or None when there is none after ``timeout`` seconds (None: the request's own deadline).
+        """The next event, or None when there is none after ``timeout`` seconds (None: the request's own deadline),
+        or none any more.
 
         Raises: EngineDied at once when the engine is lost; RequestTimeout when it is stuck.
         """
+        if self._ended:
+            return None
         left = self._deadline - time.monotonic()
         try:
             event = self.events.get(timeout=max(0.0, left if timeout is None else min(timeout, left)))
@@ -224,8 +229,12 @@ class EngineClient:
         frame = wire.pack(message)
         with self._send_lock:
             if self._engine is engine:
-                with contextlib.suppress(OSError):
+                try:
                     engine.sendall(frame)
+                except OSError:
+                    # Half a message may have gone: nothing more can follow it. The reading thread sees the end.
+                    with contextlib.suppress(OSError):
+                        engine.shutdown(socket.SHUT_RDWR)
 
     # -- the client's own thread -----------------------------------------------------------------------------------
 
@@ -301,6 +310,7 @@ class EngineClient:
             engine = connect(Path(path))
         except OSError:
             return  # it has just died; the supervisor will say so
+        engine.settimeout(_SEND_TIMEOUT_S)
         self._frames = wire.Frames()
         self._engine_path = path
         with self._changed:

@@ -194,6 +194,10 @@ class Engine:
                 f"Token {wrong[0]} of the prompt is {prompt[wrong[0]]}; this model's ids go up to {num_tokens - 1}.",
                 field="prompt",
             )
+        if not request.timeout_s >= 0:  # also refuses NaN
+            raise InvalidRequest(
+                f"timeout_s must be a number of seconds, not {request.timeout_s!r}.", field="timeout_s"
+            )
         for token_id, bias in (request.params.logit_bias or {}).items():
             if not isinstance(token_id, int) or not 0 <= token_id < num_tokens:
                 raise InvalidRequest(

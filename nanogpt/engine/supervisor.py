@@ -143,13 +143,21 @@ class Supervisor:
         self._start_at = None
         self._num_started += 1
         path = self._run_dir / f"engine-{self._num_started}.sock"
-        self._engine = EngineChild(self._engine_argv, self._settings, path)
+        try:
+            self._engine = EngineChild(self._engine_argv, self._settings, path)
+        except OSError as error:
+            self._start_again(f"The engine process cannot be started: {error.strerror}.", was_ready=False)
+            return
         self._selector.register(self._engine.status_fd, selectors.EVENT_READ)
         logger.debug("The engine starts as process %d.", self._engine.pid)
         self._publish(self.state, self.reason)
 
     def _read_status(self, engine: EngineChild) -> None:
-        for status in engine.read_status():
+        had_hung_up = engine.has_hung_up
+        reports = engine.read_status()
+        if engine.has_hung_up and not had_hung_up:
+            self._selector.unregister(engine.status_fd)
+        for status in reports:
             if status["state"] == "ready" and self.state != "draining":
                 engine.ready = True
                 self._ready_since = time.monotonic()
@@ -160,22 +168,28 @@ class Supervisor:
     def _on_death(self, engine: EngineChild) -> None:
         """The engine has ended: say so, and set the time of the next start."""
         self._read_status(engine)
-        self._selector.unregister(engine.status_fd)
-        reason = engine.close()
-        self._engine = None
+        self._let_go(engine)
         self._kill_at = None
-        if self.state == "draining":
-            return
+        if self.state != "draining":
+            self._start_again(engine.reason, was_ready=engine.ready)
+
+    def _start_again(self, reason: str, *, was_ready: bool) -> None:
         now = time.monotonic()
         if self._ready_since is not None and now - self._ready_since >= STABLE_S:
             self._num_deaths = 0
-        self._num_deaths += 1
-        pause = pause_s(self._num_deaths, engine.ready)
         self._ready_since = None
+        self._num_deaths += 1
+        pause = pause_s(self._num_deaths, was_ready)
         self._start_at = now + pause
         logger.error("%s It is started again%s.", reason, f" in {pause:g} s" if pause else "")
-        healthy = engine.ready and self._num_deaths <= _TOLERATED_DEATHS
+        healthy = was_ready and self._num_deaths <= _TOLERATED_DEATHS
         self._publish("loading" if healthy else "unhealthy", reason)
+
+    def _let_go(self, engine: EngineChild) -> None:
+        if not engine.has_hung_up:
+            self._selector.unregister(engine.status_fd)
+        engine.close()
+        self._engine = None
 
     # -- clients ---------------------------------------------------------------------------------------------------
 
@@ -249,9 +263,8 @@ class Supervisor:
 
     def _close(self) -> None:
         if self._engine is not None:
-            self._selector.unregister(self._engine.status_fd)
             self._engine.kill()
-            self._engine.close()
+            self._let_go(self._engine)
         for client in list(self._clients):
             self._drop(client)
         self.owners.close()

@@ -17,7 +17,9 @@ from engine_processes import Served, eventually, marked_processes, request
 from fake_engine import CONFIG
 from fake_runner import expected
 
+from nanogpt.engine import wire
 from nanogpt.engine.client import EngineClient, Generation
+from nanogpt.engine.launch import start_supervisor
 from nanogpt.engine.messages import Finished, Tokens
 from nanogpt.errors import (
     EngineDied,
@@ -28,6 +30,7 @@ from nanogpt.errors import (
     QueueFull,
     RequestTimeout,
 )
+from nanogpt.settings import Settings
 
 Serve = Callable[..., Served]
 
@@ -233,6 +236,48 @@ def test_the_supervisor_is_killed(serve: Serve) -> None:
 
 def supervisor_pid(client: EngineClient) -> int | None:
     return client._supervised.get("pid")
+
+
+def test_an_engine_that_hangs_holds_nobody_for_ever(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped, it neither reads nor ends: whoever sends to it gives up after a while, and the others with them."""
+    monkeypatch.setattr("nanogpt.engine.client._SEND_TIMEOUT_S", 0.3)
+    client = serve("step_s=0.01").client()
+    waiting = client.submit(request(**ENDLESS))
+    engine_pid = client.state().engine_pid
+    assert engine_pid
+    os.kill(engine_pid, signal.SIGSTOP)
+    threads = [threading.Thread(target=send_without_end, args=(client,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    with pytest.raises(EngineDied):
+        collect(waiting)
+    for thread in threads:
+        thread.join()
+    os.kill(engine_pid, signal.SIGKILL)
+    eventually(lambda: client.state().engine_pid not in (engine_pid, None))
+    collect(client.submit(request()))
+
+
+def send_without_end(client: EngineClient) -> None:
+    """More than a socket holds."""
+    engine = client._engine
+    while engine is not None and client._engine is engine:
+        client._send(engine, [wire.ABORT, "x" * 100_000])
+
+
+@pytest.mark.parametrize("engine_argv", [("/no/such/python",), (sys.executable, "-c", "import sys; sys.exit(7)")])
+def test_a_process_that_cannot_be_started_is_no_end_of_the_supervisor(engine_argv: tuple[str, ...]) -> None:
+    handle = start_supervisor(Settings(), os.getpid(), engine_argv=engine_argv)
+    client = EngineClient(Settings(), engine_argv=engine_argv)
+    status = client.wait_ready()
+    assert status.state == "unhealthy"
+    assert status.reason in (
+        "The engine process cannot be started: No such file or directory.",
+        "The engine ended with exit code 7.",
+    )
+    client.close()
+    handle.stop(10.0)
+    assert handle.process.returncode == 0
 
 
 # -- drains -------------------------------------------------------------------------------------------------------

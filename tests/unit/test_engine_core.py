@@ -203,6 +203,7 @@ def test_prompt_logprobs_of_a_prompt_in_chunks(engine: Engine) -> None:
         (request([1], logit_bias={50: 1.0}), "logit_bias names token 50"),
         (request([1], logit_bias={"a": 1.0}), "logit_bias names token 'a'"),
         (request([1], logit_bias={3: math.nan}), "finite"),
+        (request([1], timeout_s=math.nan), "timeout_s"),
     ],
 )
 def test_a_request_that_would_break_a_step_is_refused_alone(engine: Engine, asked: GenerateRequest, says: str) -> None:
