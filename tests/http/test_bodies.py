@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import Server
+from http_support import Server
 
 BODY = json.dumps({"prompt": "To be", "max_length": 3}).encode()
 HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import BIN, GUNICORN, START_S, Server, wait_for
+from http_support import BIN, GUNICORN, START_S, Server, wait_for
 from support import ROOT
 
 REQUEST = {"prompt": "Once upon a time", "max_length": 150, "temperature": 0.8, "top_k": 50}

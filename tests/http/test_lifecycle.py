@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ENDLESS, ENDLESS_BODY, GUNICORN, START_S, Server, wait_for
-from test_streams import TWO_WORKERS, read_events, stream
+from http_support import ENDLESS, ENDLESS_BODY, GUNICORN, START_S, TWO_WORKERS, Server, read_events, stream, wait_for
 
 Start = Callable[..., Server]
 NANOGPT_SERVE = ("nanogpt", "serve")

@@ -12,27 +12,21 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import requests
-from conftest import BIN, ENDLESS, ENDLESS_BODY, GUNICORN, START_S, Server, wait_for
+from http_support import (
+    BIN,
+    ENDLESS,
+    ENDLESS_BODY,
+    GUNICORN,
+    START_S,
+    TWO_WORKERS,
+    Server,
+    read_events,
+    stream,
+    wait_for,
+)
 from support import ROOT
 
 Start = Callable[..., Server]
-TWO_WORKERS = ("gunicorn", "-w", "2", "-b", "127.0.0.1:0", "web.serve:app")
-
-
-def read_events(answer: requests.Response) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(event name, data) of each server-sent event, as they come."""
-    name = "message"
-    for line in answer.iter_lines(chunk_size=1, delimiter=b"\n"):
-        if line.startswith(b"event: "):
-            name = line[7:].decode()
-        elif line.startswith(b"data: "):
-            yield name, json.loads(line[6:])
-            name = "message"
-
-
-def stream(server: Server, body: dict[str, Any], **kwargs: Any) -> requests.Response:
-    return server.generate({**body, "stream": True}, stream=True, **kwargs)
 
 
 def raw_request(server: Server, body: dict[str, Any], *, more: bytes = b"") -> socket.socket:
