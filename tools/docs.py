@@ -17,6 +17,13 @@ from nanogpt.settings import Settings
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 NOTE = "<!-- Written by `make docs` from the code; change it there. -->"
 
+OTHER_VARIABLES = {
+    "NANOGPT_CONFIG": "The settings file, as `--config` names it.",
+    "NANOGPT_CACHE_DIR": "Where the CPU runner keeps packed weights, so that the next start maps them; `off`: nowhere."
+    " Default: `nanogpt/` in the user's cache folder.",
+    "NANOGPT_ISA": "Forces an instruction set of the CPU runner, for tests: the results are the same on all of them.",
+}
+
 
 def settings_page() -> str:
     """Every setting: its key, variable and flag, its default, its limits, what it does."""
@@ -45,6 +52,14 @@ def settings_page() -> str:
         flag = "never: it would be seen by `ps`" if data["secret"] else f"`--{field.name.replace('_', '-')}`"
         row = (f"`{field.name}`", f"`{data['env']}`", flag, default, admitted, data["help"])
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+    lines += [
+        "",
+        "## Variables that are no settings",
+        "",
+        "| variable | what it does |",
+        "|---|---|",
+        *(f"| `{name}` | {what} |" for name, what in OTHER_VARIABLES.items()),
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -57,7 +57,18 @@ def command_parser(name: str) -> tuple[argparse.ArgumentParser, ModuleType]:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
+    parser.usage = parser.usage or _usage(parser)
     return parser, module
+
+
+def _usage(parser: argparse.ArgumentParser) -> str:
+    """One line. argparse's own lists every flag before the list of flags, and breaks it differently in every Python."""
+    words = [parser.prog, "[OPTIONS]"]
+    for action in parser._get_positional_actions():
+        choices = "{" + ",".join(map(str, action.choices or ())) + "}"
+        name = str(action.metavar or (choices if action.choices else action.dest.upper()))
+        words.append({"?": f"[{name}]", "*": f"[{name} ...]", "+": f"{name} [{name} ...]"}.get(str(action.nargs), name))
+    return " ".join(words)
 
 
 def overview() -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
-from nanogpt import errors
+from nanogpt import errors, settings
 from nanogpt.settings import Settings
 
 DOCS = ROOT / "docs"
@@ -69,6 +69,11 @@ def test_every_setting_is_documented(field: dataclasses.Field[object]) -> None:
     assert f"`{field.name}`" in page
     assert f"`{field.metadata['env']}`" in page
     assert field.metadata["help"].replace("|", "\\|") in page
+
+
+@pytest.mark.parametrize("name", sorted(settings._NOT_SETTINGS))
+def test_every_other_variable_is_documented(name: str) -> None:
+    assert f"`{name}`" in (DOCS / "settings.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", ["troubleshooting.md", "zh/troubleshooting.md"])
