@@ -49,6 +49,7 @@ _RETRY_S = 0.5
 # An engine that takes in nothing for so long is given up; it reads between any two steps.
 _SEND_TIMEOUT_S = 30.0
 _READ_BYTES = 1 << 18
+_RESTARTING = "The engine has ended and is started again."
 _NO_SUPERVISOR = {
     "state": "loading",
     "reason": "The engine's supervisor has ended and is started again.",
@@ -193,16 +194,17 @@ class EngineClient:
         Raises: InvalidRequest, QueueFull, EngineLoading, EngineDraining, EngineUnhealthy or EngineDied, before
         anything was generated.
         """
-        status = self.wait_ready()
-        if status.state != "ready":
-            raise refusal(status)
-        with self._changed:
-            if self._engine is None:
-                raise _engine_died()
-            number = next(self._numbers)
-            generation = Generation(self, self._engine, number, request.timeout_s)
-            self._pending[number] = generation
-        self._send(generation._engine, wire.submit_message(number, request))
+        until = time.monotonic() + self._settings.engine_wait_s
+        generation = None
+        while generation is None:
+            status = self.wait_ready(until - time.monotonic())
+            if status.state != "ready":
+                raise refusal(status)
+            with self._changed:
+                if self._engine is not None:  # else it has died in this very moment
+                    generation = Generation(self, self._engine, next(self._numbers), request.timeout_s)
+                    self._pending[generation._number] = generation
+        self._send(generation._engine, wire.submit_message(generation._number, request))
         # The engine's answer comes before its next step; None stands for "accepted".
         generation.get()
         return generation
@@ -360,6 +362,9 @@ class EngineClient:
             lost, self._pending = self._pending, {}
             self._engine_path = None
             self._hello = None
+            # Together with the engine: whoever is told of its end and asks again, waits for the next one.
+            if self._status.state == "ready":
+                self._status = replace(self._status, state="loading", reason=_RESTARTING)
         if engine is not None:
             self._selector.unregister(engine)
             with contextlib.suppress(OSError):
@@ -383,7 +388,7 @@ class EngineClient:
         """The supervisor's word, but ``ready`` only when the engine itself has said hello."""
         state, reason, hello = self._supervised["state"], self._supervised["reason"], self._hello or {}
         if state == "ready" and not hello:
-            state, reason = "loading", "The engine has ended and is started again."
+            state, reason = "loading", _RESTARTING
         self._set_status(
             state=state,
             reason=reason,
