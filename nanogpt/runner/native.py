@@ -19,7 +19,7 @@ from nanogpt.errors import SettingsError
 from nanogpt.model.config import GPTConfig
 from nanogpt.runner.base import Batch, Float32, Int32, StepOutput
 from nanogpt.runner.cpus import usable_cpus
-from nanogpt.runner.native_cache import packed_weights
+from nanogpt.runner.native_cache import Bytes, packed_in_memory, packed_weights
 from nanogpt.runner.sampler import token_logprobs
 
 _KINDS = {"fp32": 0, "int8": 1, "int4": 2}
@@ -30,14 +30,21 @@ _HEAD_ROWS = 64
 class NativeRunner:
     """See ``nanogpt.runner.base.Runner``. ``precision``: int8 (default), int4, or fp32 (exact to float32's rounding).
 
-    ``threads`` 0: as many as the container may use. The variable NANOGPT_ISA forces an instruction set.
+    ``threads`` 0: as many as the container may use. The variable NANOGPT_ISA forces an instruction set. ``kinds`` sets
+    each matrix's own precision, in the order of ``matrix_names`` (0 fp32, 1 int8, 2 int4); for measuring.
     """
 
     device = "cpu"
     name = "native"
 
     def __init__(
-        self, checkpoint: Checkpoint, *, precision: str = "int8", num_slots: int = 32, threads: int = 0
+        self,
+        checkpoint: Checkpoint,
+        *,
+        precision: str = "int8",
+        num_slots: int = 32,
+        threads: int = 0,
+        kinds: list[int] | None = None,
     ) -> None:
         if precision == "auto":
             precision = "int8"
@@ -52,13 +59,18 @@ class NativeRunner:
         self.precision = precision
         self.num_threads = threads or usable_cpus()
         config = _native_config(self.config)
-        kinds = [_KINDS[precision]] * _kernels.num_matrices(config)
         isa = chosen_isa()
-        packed = packed_weights(
-            checkpoint,
-            f"{self.config} {kinds}",
-            _kernels.packed_bytes(config, kinds),
-            lambda memory: pack_into(memory, checkpoint, config, kinds, self.num_threads),
+        keep = kinds is None
+        kinds = kinds or [_KINDS[precision]] * _kernels.num_matrices(config)
+        self.packed_bytes = _kernels.packed_bytes(config, kinds)
+
+        def pack(memory: Bytes) -> None:
+            pack_into(memory, checkpoint, config, kinds, self.num_threads)
+
+        packed = (
+            packed_weights(checkpoint, f"{self.config} {kinds}", self.packed_bytes, pack)
+            if keep
+            else packed_in_memory(self.packed_bytes, pack)
         )
         self._model: _kernels.Model | None = _kernels.Model(config, kinds, packed, num_slots, self.num_threads, isa)
 
@@ -154,6 +166,13 @@ def pack_into(
             tensor = tensors.get(name) or tensors.get(f"{name}.weight")
             values = np.zeros(num_rows * width, np.float32) if tensor is None else tensor.float32()
             _kernels.pack(config, kinds, packed, name, values, None, threads)
+
+
+def matrix_names(config: GPTConfig) -> list[str]:
+    """The packed matrices' names, in their order."""
+    native = _native_config(config)
+    kinds = [1] * _kernels.num_matrices(native)
+    return [name for name, is_matrix, _, _ in _kernels.entries(native, kinds) if is_matrix]
 
 
 def _native_config(config: GPTConfig) -> _kernels.Config:

@@ -66,13 +66,13 @@ def packed_weights(checkpoint: Checkpoint, description: str, size: int, pack: Ca
     """
     folder = cache_folder()
     if folder is None:
-        return _packed_in_memory(size, pack)
+        return packed_in_memory(size, pack)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         digest = _weights_digest(checkpoint, folder)
     except OSError as error:
         logger.info("Packed weights are not kept: %s.", error)
-        return _packed_in_memory(size, pack)
+        return packed_in_memory(size, pack)
     what = hashlib.sha256(f"{FORMAT} {description}".encode()).digest()
     path = folder / f"{digest[:32]}-{what.hex()[:16]}.packed"
     found = read_packed(path, what, bytes.fromhex(digest), size)
@@ -80,7 +80,7 @@ def packed_weights(checkpoint: Checkpoint, description: str, size: int, pack: Ca
         with contextlib.suppress(OSError):
             os.utime(path)  # used now: the last to be removed
         return found
-    packed = _packed_in_memory(size, pack)
+    packed = packed_in_memory(size, pack)
     try:
         _write(path, what, bytes.fromhex(digest), packed)
         _remove_old(folder, keep=path)
@@ -112,7 +112,8 @@ def read_packed(path: Path, what: bytes, weights: bytes, size: int) -> Bytes | N
     return data if _kernels.checksum(data) == checksum else None
 
 
-def _packed_in_memory(size: int, pack: Callable[[Bytes], None]) -> Bytes:
+def packed_in_memory(size: int, pack: Callable[[Bytes], None]) -> Bytes:
+    """A buffer that ``pack`` filled, kept nowhere."""
     # Aligned to a cache line, which np.empty does not promise.
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64

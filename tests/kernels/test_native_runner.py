@@ -113,13 +113,13 @@ def settled_checkpoint(folder: Path, seed: int = 0) -> Any:
 
 def count_packing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
-    real = native_cache._packed_in_memory
+    real = native_cache.packed_in_memory
 
     def counted(size: int, pack: Any) -> native_cache.Bytes:
         counts.append(size)
         return real(size, pack)
 
-    monkeypatch.setattr(native_cache, "_packed_in_memory", counted)
+    monkeypatch.setattr(native_cache, "packed_in_memory", counted)
     return counts
 
 
