@@ -17,7 +17,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shel
 SERVICES := curl:curl
 
 .DELETE_ON_ERROR:
-.PHONY: help install serve test check format docs bench bench-cpu test-lowest constraints services wheel clean
+.PHONY: help install serve test check format docs bench bench-cpu demo test-lowest constraints services wheel clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -47,6 +47,15 @@ bench: bench-cpu ## Run the benchmarks (benchmarks/ tells what they measure)
 
 bench-cpu: $(VENV)/.installed-dev ## Run the benchmarks of the CPU runner
 	$(BIN)/python -m benchmarks.cpu
+
+# The text is nanoGPT's: https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
+DEMO_TEXT ?= ../shared/data/tinyshakespeare.txt
+
+demo: $(VENV)/.installed-dev ## Train the embedded model anew into build/demo/model (an hour; goes on where it was stopped)
+	test -f build/demo/data/dataset.json || \
+	    $(BIN)/nanogpt prepare text $(DEMO_TEXT) --tokenizer characters --out build/demo/data
+	$(BIN)/nanogpt train configs/demo.toml --resume auto
+	$(BIN)/nanogpt convert build/demo/log/best_checkpoint.pt build/demo/model --force
 
 test-lowest: $(VENV)/.installed-dev ## Run the unit tests with the oldest versions that pyproject.toml admits
 	$(BIN)/python tools/test_lowest.py $(PYTEST_ARGS)
