@@ -1,4 +1,4 @@
-"""Our server without gunicorn's command line: ``nanogpt serve`` and ``python -m web.serve``."""
+"""Our server without gunicorn's command line: ``nanogpt serve``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Server(BaseApplication):  # type: ignore[misc]
         return create_app()
 
 
-def serve(load: Callable[[], Settings] = Settings.load) -> NoReturn:
+def serve(load: Callable[[], Settings]) -> NoReturn:
     """Serve until a signal ends it."""
     Server(load).run()
     raise AssertionError("gunicorn ends by SystemExit")

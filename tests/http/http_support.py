@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -35,6 +36,15 @@ def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
     return value
 
 
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with_the_tests() -> None:
+    """In the child: no server outlives tests that are killed themselves. The arbiter's death ends all the others."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class Server:
     """One server: its processes (found by a mark in their environment), its log, its address, its engine."""
 
@@ -56,7 +66,7 @@ class Server:
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=cwd, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=_die_with_the_tests,
             )  # fmt: skip
         self.url = ""
 

@@ -131,6 +131,7 @@ def test_importing_the_front_door_starts_nothing() -> None:
         (["gunicorn", "-b", "127.0.0.1:0", "web.serve:app"], {"MODEL_CHECKPOINT": "/no/such/model.pt"}, 2, "/no/such"),
         (["python", "-m", "web.serve"], {"PORT": "web"}, 2, "PORT is 'web'; it must be an integer."),
         (["gunicorn", "web.serve:app"], {"NANOGPT_PORT": "1"}, 2, "Unknown environment variable NANOGPT_PORT."),
+        (["python", "-m", "web.serve", "--prot", "80"], {}, 2, "unrecognized arguments: --prot"),
         (["nanogpt", "serve", "--max-queue", "-1"], {}, 2, "between 0 and 1e+06"),
         (["nanogpt", "serve"], {"RATE_LIMIT": "10 per minute"}, 2, "RATE_LIMIT"),
         (["nanogpt", "serve", "--config", "/no/such.toml"], {}, 2, "/no/such.toml"),
