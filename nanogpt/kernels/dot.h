@@ -31,6 +31,13 @@ constexpr bool kBytes = true;  // byte products: q as int8; 15 bits as two plane
 constexpr bool kBytes = false;  // int16 products
 #endif
 
+// What to fetch into the L2 cache on the way: so many lines a group of 64 inputs. A panel is used for all rows before
+// the next one is begun, and without this the first rows would wait for memory while it had nothing to do before.
+struct Ahead {
+  const uint8_t* next = nullptr;
+  int lines = 0;
+};
+
 NG_INLINE void store_bytes(uint8_t* to, const I32& a) {
 #if defined(__AVX512F__)
   _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)a.v[0]));
@@ -78,7 +85,7 @@ NG_INLINE __m512i broadcast4(const uint8_t* p) {
 
 template <int R, int P>
 inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo* info, const uint8_t* w, size_t w_stride,
-                       int groups, const int32_t* offsets, int32_t* out, int ldo) {
+                       int groups, const int32_t* offsets, int32_t* out, int ldo, Ahead ahead) {
   __m512i total[R][P];
   each<R>(NG_BODY(r) {
     each<P>(NG_BODY(p) { total[r][p] = _mm512_set1_epi32(-offsets[r]); });
@@ -98,6 +105,7 @@ inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo* info,
       const __m512i e = broadcast4((const uint8_t*)info + r * a_stride);
       each<P>(NG_BODY(p) { total[r][p] = _mm512_add_epi32(total[r][p], _mm512_sllv_epi32(s[r][p], e)); });
     });
+    for (int i = 0; i < ahead.lines; i++, ahead.next += 64) prefetch(ahead.next);
   }
   each<R>(NG_BODY(r) { each<P>(NG_BODY(p) { _mm512_storeu_si512(out + r * ldo + kLanes * p, total[r][p]); }); });
 }
@@ -146,7 +154,7 @@ NG_INLINE int8x16_t broadcast4(const uint8_t* p) {
 
 template <int R, int P>
 inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo* info, const uint8_t* w, size_t,
-                       int groups, const int32_t*, int32_t* out, int ldo) {
+                       int groups, const int32_t*, int32_t* out, int ldo, Ahead) {
   static_assert(P == 1, "one panel fills the registers");
   int32x4_t total[R][4];
   each<R>(NG_BODY(r) { each<4>(NG_BODY(c) { total[r][c] = vdupq_n_s32(0); }); });
@@ -248,7 +256,7 @@ inline void dot_15(const uint8_t* a, size_t a_stride, int, const uint8_t* w, siz
 
 template <int R, int P>
 inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo*, const uint8_t* w, size_t w_stride,
-                       int groups, const int32_t* offsets, int32_t* out, int ldo) {
+                       int groups, const int32_t* offsets, int32_t* out, int ldo, Ahead) {
   dot_15<R, P>(a, a_stride, 0, w, w_stride, groups * kGroup / 4, offsets, out, ldo, false);
 }
 #endif
@@ -301,7 +309,7 @@ inline void dot_i4(const uint8_t* a, size_t a_stride, const GroupInfo* info, con
 #if defined(__ARM_FEATURE_DOTPROD)
     for (uint8_t& byte : wide) byte = uint8_t(byte + 120);  // signed there: w + 8 - 8, with the top bit turned
 #endif
-    dot_shared<R, 1>(a + size_t(kBytes ? kGroup : 2 * kGroup) * g, a_stride, info, wide, 0, 1, offsets, s, 16);
+    dot_shared<R, 1>(a + size_t(kBytes ? kGroup : 2 * kGroup) * g, a_stride, info, wide, 0, 1, offsets, s, 16, {});
 #endif
     F32 by;
     std::memcpy(&by, scale, 64);

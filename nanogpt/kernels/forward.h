@@ -158,13 +158,13 @@ NG_INLINE void finish(const Matrix& m, const int32_t* sums, int ld, int rows, in
 // `rows` (1 .. kMaxRows) x `panels` (1, or kPanelsAtOnce and its half) to sums, with the count of rows made a constant.
 template <int P, int R = kMaxRows>
 NG_INLINE void dot_rows(int rows, const Matrix& m, const uint8_t* a, size_t a_stride, const int32_t* offsets,
-                        int panel, int32_t* out, int ld) {
+                        int panel, int32_t* out, int ld, Ahead ahead) {
   if constexpr (R > 0) {
-    if (rows != R) return dot_rows<P, R - 1>(rows, m, a, a_stride, offsets, panel, out, ld);
+    if (rows != R) return dot_rows<P, R - 1>(rows, m, a, a_stride, offsets, panel, out, ld, ahead);
     const uint8_t* w = m.data + size_t(panel) * m.panel_bytes;
     const GroupInfo* info = reinterpret_cast<const GroupInfo*>(a + 2 * size_t(m.k_pad));
     if (m.kind == Kind::kI8) {
-      dot_shared<R, P>(a, a_stride, info, w, m.panel_bytes, m.k_pad / kGroup, offsets, out, ld);
+      dot_shared<R, P>(a, a_stride, info, w, m.panel_bytes, m.k_pad / kGroup, offsets, out, ld, ahead);
     } else if (m.kind == Kind::kF32) {
       dot_f32<R, P>((const float*)a, a_stride / 4, (const float*)w, m.panel_bytes / 4, m.k, (float*)out, ld, false);
     } else {
@@ -195,11 +195,15 @@ inline void matmul_part(const Matrix& m, const Act& act, int r0, int n, int firs
     for (int g = 0; g < groups; g++) {
       const int r = r0 + n * g / groups, count = r0 + n * (g + 1) / groups - r;
       const uint8_t* a = act.data + r * act.stride;
+      // Each group of rows fetches its part of the next panels. Up to three rows the processor's own prefetcher is as
+      // good, and the instructions would be felt.
+      const int lines = n <= 3 ? 0 : (16 * width + groups - 1) / groups;
+      const Ahead ahead{m.data + size_t(p + width) * m.panel_bytes + size_t(g) * lines * 64 * (m.k_pad / kGroup), lines};
       if constexpr (kPanelsAtOnce == 4) {
-        if (width == 4) dot_rows<4, 3>(count, m, a, act.stride, act.offset + r, p, sums, 64);
-        if (width == 2) dot_rows<2>(count, m, a, act.stride, act.offset + r, p, sums, 64);
+        if (width == 4) dot_rows<4, 3>(count, m, a, act.stride, act.offset + r, p, sums, 64, ahead);
+        if (width == 2) dot_rows<2>(count, m, a, act.stride, act.offset + r, p, sums, 64, ahead);
       }
-      if (width == 1) dot_rows<1>(count, m, a, act.stride, act.offset + r, p, sums, 64);
+      if (width == 1) dot_rows<1>(count, m, a, act.stride, act.offset + r, p, sums, 64, ahead);
       finish(m, sums, 64, count, p * kLanes, width * kLanes, act.scale + r, out + r * ldo, ldo, then);
     }
     p += width;
@@ -291,42 +295,36 @@ inline void write_kv(const Step& s, int layer, int row, int head) {
   }
   float* k_scale = reinterpret_cast<float*>(leaf + kv.k_bytes + kv.v_bytes);
   float* v_scale = k_scale + kLeafTokens;
+  // Sixteen values from x + i on; a head that is no multiple of 16 is completed with zeros.
+  auto sixteen = [&](const float* x, int i) {
+    if (i + 16 <= kv.d) return load(x + i);
+    alignas(64) float padded[16] = {};
+    for (int j = 0; j < kv.d - i; j++) padded[j] = x[i + j];
+    return load(padded);
+  };
   auto largest = [&](const float* x) {
     F32 m = splat(0.0f);
-    int i = 0;
-    for (; i + 16 <= kv.d; i += 16) m = max(abs(load(x + i)), m);
-    float top = max_lane(m);
-    for (; i < kv.d; i++) {
-      const float a = x[i] < 0 ? -x[i] : x[i];
-      top = a > top ? a : top;
-    }
-    return top;
+    for (int i = 0; i < kv.d; i += 16) m = max(abs(sixteen(x, i)), m);
+    return max_lane(m);
   };
-  // Sixteen values at a time; a head that is no multiple of 16 is completed with zeros.
-  auto quantized = [&](const float* x, int i, const F32& inverse, int32_t* out) {
-    alignas(64) float padded[16] = {};
-    for (int j = 0; j < imin(16, kv.d - i); j++) padded[j] = x[i + j];
-    store(out, round_to_int(load(padded) * inverse));
-  };
-  alignas(64) int32_t q[16];
+  const I32 offset = splat(int32_t(128));
+  uint8_t q[16];
   uint8_t* kt = leaf + size_t(t / 16) * kv.dk * 16 + t % 16 * 4;
   float top = largest(k);
-  bool some = top > kTiny;
-  F32 inverse = splat(some ? 127.0f / top : 0.0f);
+  F32 inverse = splat(top > kTiny ? 127.0f / top : 0.0f);
   for (int i = 0; i < kv.d; i += 16) {
-    quantized(k, i, inverse, q);
-    for (int j = 0; j < imin(16, kv.dk - i); j++) kt[(i + j) / 4 * 64 + j % 4] = uint8_t(q[j] + 128);
+    store_bytes(q, round_to_int(sixteen(k, i) * inverse) + offset);
+    for (int j = 0; j < imin(16, kv.dk - i); j += 4) std::memcpy(kt + (i + j) * 16, q + j, 4);
   }
-  k_scale[t] = some ? top / 127.0f : 0.0f;
+  k_scale[t] = top > kTiny ? top / 127.0f : 0.0f;
   uint8_t* vt = leaf + kv.k_bytes + t / 4 * 64 + t % 4;
   top = largest(v);
-  some = top > kTiny;
-  inverse = splat(some ? 127.0f / top : 0.0f);
+  inverse = splat(top > kTiny ? 127.0f / top : 0.0f);
   for (int i = 0; i < kv.d; i += 16) {
-    quantized(v, i, inverse, q);
-    for (int j = 0; j < 16; j++) vt[size_t(i) * kLeafTokens + j * 4] = uint8_t(q[j] + 128);
+    store_bytes(q, round_to_int(sixteen(v, i) * inverse) + offset);
+    for (int j = 0; j < 16; j++) vt[size_t(i) * kLeafTokens + j * 4] = q[j];
   }
-  v_scale[t] = some ? top / 127.0f : 0.0f;
+  v_scale[t] = top > kTiny ? top / 127.0f : 0.0f;
 }
 
 // One head of a leaf: scores' sums of R queries with its 64 tokens / the tokens' weights with its V.
@@ -435,6 +433,8 @@ inline float soft_weights(const Step& s, int slot, int layer, int head, float q_
   return some ? highest_weight / limit / denominator : 0.0f;
 }
 
+constexpr int kFewRows = 2;  // up to here attention waits for memory
+
 inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch) {
   const KvGeometry& kv = s.kv;
   const Span& span = s.spans[task.span];
@@ -460,9 +460,19 @@ inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch)
         q_scale[r] = kv.f32 ? root : quantize_15(padded, kv.d, q_plane, limit, to, offsets + r) * root;
       }
       const int longest = s.positions[row0 + rows - 1] + 1;
-      for (int t = 0; t < longest; t += kLeafTokens)
-        leaf_scores(rows, kv, scratch.att_act, q_stride, q_plane, offsets,
-                    leaf_at(s, span.slot, t / kLeafTokens, layer, head), imin(4, (longest - t + 15) / 16), reinterpret_cast<int32_t*>(scratch.scores) + t, ld);
+      // K and V of one head are pieces of a few KB that no hardware prefetcher follows: V is fetched while K is used, and
+      // the next head's K while V is.
+      for (int t = 0; t < longest; t += kLeafTokens) {
+        const uint8_t* leaf = leaf_at(s, span.slot, t / kLeafTokens, layer, head);
+        if (rows <= kFewRows) {
+          const size_t share = kv.v_bytes * imin(kLeafTokens, longest - t) / kLeafTokens;
+          for (size_t panel = 0; panel < kv.v_bytes; panel += kv.v_bytes * 16 / kv.dv)
+            for (size_t i = 0; i < share * 16 / kv.dv; i += 64) prefetch(leaf + kv.k_bytes + panel + i);
+          for (size_t i = 0; i < 2 * kLeafTokens * sizeof(float); i += 64) prefetch(leaf + kv.k_bytes + kv.v_bytes + i);
+        }
+        leaf_scores(rows, kv, scratch.att_act, q_stride, q_plane, offsets, leaf,
+                    imin(4, (longest - t + 15) / 16), reinterpret_cast<int32_t*>(scratch.scores) + t, ld);
+      }
       float factor[kMaxRows];
       for (int r = 0; r < rows; r++) {
         const int n = s.positions[row0 + r] + 1;
@@ -475,11 +485,17 @@ inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch)
           else put(to, p_plane, t, splat(int32_t(0)));
         }
       }
-      for (int t = 0; t < longest; t += kLeafTokens)
+      for (int t = 0; t < longest; t += kLeafTokens) {
+        if (rows <= kFewRows && head + 1 < task.head1) {
+          const uint8_t* next = leaf_at(s, span.slot, t / kLeafTokens, layer, head + 1);
+          for (size_t i = 0; i < kv.k_bytes * imin(kLeafTokens, round_up(longest - t, 16)) / kLeafTokens; i += 64)
+            prefetch(next + i);
+        }
         leaf_values(rows, kv, scratch.att_act + size_t(t) * (kv.f32 ? 4 : kBytes ? 1 : 2), p_stride, p_plane,
                     offsets,
                     leaf_at(s, span.slot, t / kLeafTokens, layer, head), imin(kLeafTokens, longest - t),
                     reinterpret_cast<int32_t*>(scratch.out), kv.dv, t > 0);
+      }
       for (int r = 0; r < rows; r++) {
         alignas(64) float y[16];
         float* to = s.att + (row0 + r) * s.ldx + head * kv.d;

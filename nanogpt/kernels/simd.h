@@ -176,36 +176,67 @@ NG_INLINE F32 max(const F32& a, const F32& b) {
 }
 NG_INLINE F32 abs(const F32& a) { return from_bits(bits(a) & splat(int32_t(0x7fffffff))); }
 
-// The sum of sixteen lanes, always in this order: halves are folded onto each other.
-NG_INLINE float sum(const F32& a) {
+// Sixteen lanes to one, always in this order: the upper half is folded onto the lower one, four times.
+template <class Fold>
+NG_INLINE float fold_lanes(const F32& a, const Fold& fold) {
+#if defined(__AVX512F__)
+  const __m512 all = (__m512)a.v[0];
+  const __m256 eight = fold(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+#elif defined(__AVX2__)
+  const __m256 eight = fold((__m256)a.v[0], (__m256)a.v[1]);
+#endif
+#if defined(__AVX2__)
+  const __m128 four = fold(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = fold(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(fold(two, _mm_movehdup_ps(two)));
+#else
   float t[16];
   store(t, a);
   for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; i++) t[i] = t[i] + t[i + half];
+    for (int i = 0; i < half; i++) t[i] = fold(t[i], t[i + half]);
   return t[0];
+#endif
 }
-NG_INLINE float max_lane(const F32& a) {
-  float t[16];
-  store(t, a);
-  for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; i++) t[i] = t[i] > t[i + half] ? t[i] : t[i + half];
-  return t[0];
-}
+struct Add {
+  template <class T>
+  NG_INLINE T operator()(const T& a, const T& b) const {
+    return a + b;
+  }
+};
+struct Larger {
+#if defined(__AVX2__)
+  NG_INLINE __m256 operator()(const __m256& a, const __m256& b) const { return _mm256_max_ps(a, b); }
+  NG_INLINE __m128 operator()(const __m128& a, const __m128& b) const { return _mm_max_ps(a, b); }
+#endif
+  NG_INLINE float operator()(float a, float b) const { return a > b ? a : b; }
+};
+NG_INLINE float sum(const F32& a) { return fold_lanes(a, Add()); }
+NG_INLINE float max_lane(const F32& a) { return fold_lanes(a, Larger()); }
+
+NG_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Sums and disjunctions of integers: any order gives the same.
 NG_INLINE int32_t sum(const I32& a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)a.v[0]);
+#else
   NativeU t = a.v[0];
   for (int i = 1; i < kParts; i++) t += a.v[i];
   uint32_t total = 0;
   for (int i = 0; i < kNative; i++) total += t[i];
   return int32_t(total);
+#endif
 }
 NG_INLINE uint32_t any_bit(const I32& a) {
+#if defined(__AVX512F__)
+  return uint32_t(_mm512_reduce_or_epi32((__m512i)a.v[0]));
+#else
   NativeU t = a.v[0];
   for (int i = 1; i < kParts; i++) t |= a.v[i];
   uint32_t total = 0;
   for (int i = 0; i < kNative; i++) total |= t[i];
   return total;
+#endif
 }
 NG_INLINE I32 abs(const I32& a) {
   I32 r;
