@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,11 +30,14 @@ def run(command: list[str], cwd: Path, **variables: str) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the source distribution, and the wheel that was built from it (and not from the checkout)."""
+    """A folder with the source distribution and the wheel.
+
+    Both come from the checkout, so that what `make install` compiled (build/) is not compiled again.
+    """
     for tool in ("build", "scikit_build_core", "nanobind"):
         require_service(tool, find_spec(tool) is not None, "make test installs it")
     folder = tmp_path_factory.mktemp("dist")
-    run([*BUILD, "--outdir", str(folder), str(ROOT)], ROOT)
+    run([*BUILD, "--sdist", "--wheel", "--outdir", str(folder), str(ROOT)], ROOT)
     return folder
 
 
@@ -64,14 +66,16 @@ def names_in(wheel: Path) -> set[str]:
         return set(archive.namelist())
 
 
+def tracked(*paths: str) -> set[str]:
+    listed = subprocess.run(["git", "ls-files", *paths], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(listed.stdout.split())
+
+
 def test_the_wheel_holds_everything_that_the_package_reads(built: Path) -> None:
     [wheel] = built.glob("*.whl")
     names = names_in(wheel)
-    tracked = subprocess.run(
-        ["git", "ls-files", "nanogpt"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()  # fmt: skip
-    wanted = {name for name in tracked if name.endswith(".py") or "/assets/" in name} | {"nanogpt/py.typed"}
-    assert wanted - names == set()
+    wanted = {name for name in tracked("nanogpt") if name.endswith((".py", ".pyi")) or "/assets/" in name}
+    assert (wanted | {"nanogpt/py.typed"}) - names == set()
     licences = {name.rpartition("/")[2] for name in names if "/licenses/" in name}
     assert "LICENSE" in licences
 
@@ -82,12 +86,18 @@ def test_the_wheel_holds_nothing_else(built: Path) -> None:
     assert tops == {"nanogpt", f"nano_gpt_api-{__version__}.dist-info"}, "the repository's web/ or tests/ got in"
 
 
-def test_the_source_distribution_holds_what_builds_it_and_no_work(built: Path) -> None:
-    [sdist] = built.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "nanogpt/_version.py"} <= names
-    assert not [name for name in names if name.startswith((".venv", "build/", "log/"))]
+def test_the_source_distribution_builds_the_same_wheel(built: Path, tmp_path: Path) -> None:
+    """Whoever has only the archive gets the same package; the C++ is compiled from what is compared here."""
+    [archive] = built.glob("*.tar.gz")
+    run(["tar", "-xzf", str(archive)], tmp_path)
+    [source] = tmp_path.iterdir()
+    files = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    assert tracked("nanogpt", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE") - files == set()
+    assert not [name for name in files if name.startswith((".venv", "build/", "log/")) or name.endswith(".so")]
+    run([*BUILD, "--wheel", "-C", "wheel.cmake=false", "--outdir", str(tmp_path), str(source)], tmp_path)
+    [wheel], [rebuilt] = built.glob("*.whl"), tmp_path.glob("*.whl")
+    mine, again = ({n for n in names_in(w) if not n.endswith(".so")} for w in (wheel, rebuilt))
+    assert mine == again
 
 
 def test_the_command_runs_from_anywhere(installed: Path, tmp_path: Path) -> None:
