@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -28,16 +28,10 @@ from typing import Any
 
 from nanogpt.engine import wire
 from nanogpt.engine.launch import connect, ensure_supervisor, reap
-from nanogpt.engine.messages import EngineState, Finished, GenerateRequest, Tokens
-from nanogpt.errors import (
-    EngineDied,
-    EngineDraining,
-    EngineLoading,
-    EngineUnhealthy,
-    NanoGPTError,
-    RequestTimeout,
-    ServiceUnavailable,
-)
+from nanogpt.engine.messages import Finished, GenerateRequest, Tokens
+from nanogpt.engine.status import EngineStatus as EngineStatus
+from nanogpt.engine.status import refusal as refusal
+from nanogpt.errors import EngineDied, NanoGPTError, RequestTimeout
 from nanogpt.settings import Settings
 
 logger = logging.getLogger("nanogpt.engine")
@@ -56,34 +50,6 @@ _NO_SUPERVISOR = {
     "engine": None,
     "engine_pid": None,
 }
-
-
-@dataclass(frozen=True)
-class EngineStatus:
-    """How the engine is, as far as this process knows. ``card`` and the like are None until it was ready once."""
-
-    state: EngineState = "loading"
-    reason: str = ""
-    restarts: int = 0
-    engine_pid: int | None = None
-    model: str | None = None
-    device: str | None = None
-    precision: str | None = None
-    runner: str | None = None
-    block_size: int | None = None
-    card: dict[str, Any] | None = None
-    tokenizer: dict[str, Any] | None = None
-    """``tokenizer_from_spec`` makes the tokenizer of it."""
-    stats: dict[str, int] = field(default_factory=dict)
-    """The engine's counters (``EngineStats``), at most a quarter of a second old."""
-
-    @property
-    def num_running(self) -> int:
-        return self.stats.get("num_running", 0)
-
-    @property
-    def num_waiting(self) -> int:
-        return self.stats.get("num_waiting", 0)
 
 
 class Generation:
@@ -401,15 +367,6 @@ class EngineClient:
         with self._changed:
             self._status = replace(self._status, **values)
             self._changed.notify_all()
-
-
-def refusal(status: EngineStatus) -> ServiceUnavailable:
-    """The error for a request that came while the engine was not ready."""
-    if status.state == "draining":
-        return EngineDraining("The server is shutting down.", remedy="Send the request again.")
-    if status.state == "unhealthy":
-        return EngineUnhealthy(f"The engine is not running: {status.reason}", retry_after_s=5.0)
-    return EngineLoading("The model is still loading.", retry_after_s=2.0, remedy="Send the request again.")
 
 
 def _engine_died() -> EngineDied:

@@ -12,6 +12,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import shutil
 import socket
 import stat
 import subprocess
@@ -64,9 +65,15 @@ def start_supervisor(settings: Settings, owner_pid: int, *, engine_argv: tuple[s
     Raises: SettingsError when the run directory cannot be used, or a server uses it already.
     """
     global _started
-    run_dir = _checked(Path(settings.run_dir)) if settings.run_dir else Path(tempfile.mkdtemp(prefix="nanogpt-"))
-    with _locked(run_dir):
-        process = _spawn(run_dir, settings, owner_pid, engine_argv, temporary=not settings.run_dir)
+    temporary = not settings.run_dir
+    run_dir = Path(tempfile.mkdtemp(prefix="nanogpt-") if temporary else settings.run_dir)
+    try:
+        with _locked(_checked(run_dir)):
+            process = _spawn(run_dir, settings, owner_pid, engine_argv, temporary=temporary)
+    except BaseException:
+        if temporary:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
     if process is None:
         raise SettingsError(
             f"Another server uses the run directory {run_dir}.", remedy="Give each server its own NANOGPT_RUN_DIR."

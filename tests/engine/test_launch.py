@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +76,17 @@ def test_a_folder_that_others_can_enter_is_refused(run_dir: Path, kind: str) -> 
         with pytest.raises(SettingsError, match="run directory") as refused:
             start(Settings(run_dir=str(run_dir)))
         assert str(run_dir) in str(refused.value)
+
+
+def test_a_temporary_folder_with_too_long_a_path_is_refused_and_removed(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = run_dir / ("x" * 60)
+    deep.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with pytest.raises(SettingsError, match="too long a path"):
+        start_supervisor(Settings(), os.getpid(), engine_argv=ENGINE_ARGV)
+    assert not list(deep.iterdir())
 
 
 def test_sockets_of_a_former_supervisor_are_in_nobodys_way(run_dir: Path) -> None:
