@@ -8,6 +8,7 @@ instruction set, and pass batches on.
 
 from __future__ import annotations
 
+import mmap
 import os
 
 import numpy as np
@@ -72,6 +73,7 @@ class NativeRunner:
             if keep
             else packed_in_memory(self.packed_bytes, pack)
         )
+        release_pages(checkpoint)
         self._model: _kernels.Model | None = _kernels.Model(config, kinds, packed, num_slots, self.num_threads, isa)
 
     @property
@@ -166,6 +168,23 @@ def pack_into(
             tensor = tensors.get(name) or tensors.get(f"{name}.weight")
             values = np.zeros(num_rows * width, np.float32) if tensor is None else tensor.float32()
             _kernels.pack(config, kinds, packed, name, values, None, threads)
+
+
+def release_pages(checkpoint: Checkpoint) -> None:
+    """Take the checkpoint's mapped files out of this process's memory: they were read, and are not needed again.
+
+    Only mappings of files are touched; whoever does read a tensor again finds it there, from the file.
+    """
+    mappings = {}
+    for tensor in checkpoint.tensors.values():
+        base: object = tensor.raw
+        while isinstance(base, (np.ndarray, memoryview)):
+            base = base.base if isinstance(base, np.ndarray) else base.obj
+        if isinstance(base, mmap.mmap):
+            mappings[id(base)] = base
+    if hasattr(mmap, "MADV_DONTNEED"):
+        for mapping in mappings.values():
+            mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def matrix_names(config: GPTConfig) -> list[str]:
