@@ -43,10 +43,13 @@ format: $(VENV)/.installed-dev ## Format the code and mend what ruff can mend
 docs: $(VENV)/.installed-dev ## Write docs/settings.md and docs/cli.md anew from the code
 	$(BIN)/python tools/docs.py
 
-bench: bench-cpu ## Run the benchmarks (benchmarks/ tells what they measure)
+bench: bench-cpu bench-http ## Run the benchmarks (benchmarks/*/README.md tell what they measure)
 
 bench-cpu: $(VENV)/.installed-dev ## Run the benchmarks of the CPU runner
 	$(BIN)/python -m benchmarks.cpu
+
+bench-http: $(VENV)/.installed-dev ## Run the benchmark of streams over HTTP
+	$(BIN)/python -m benchmarks.http
 
 # The text is nanoGPT's: https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
 DEMO_TEXT ?= ../shared/data/tinyshakespeare.txt
