@@ -43,6 +43,16 @@ def measure(cache: Path, threads: int) -> dict[str, Any]:
     return found
 
 
+def highest(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Of two measurements the higher figure of each kind: what the machine can do is what it once did."""
+    if "error" in first or "error" in second:
+        return second if "error" in first else first
+    return {
+        kind: {key: max(value, second[kind].get(key, 0.0)) for key, value in figures.items()}
+        for kind, figures in first.items()
+    }
+
+
 def decode_limit(limits: dict[str, Any], model: Model, bits: str) -> float | None:
     """Tokens/s at which reading the weights alone takes all the time."""
     size = weight_kb(model, bits)

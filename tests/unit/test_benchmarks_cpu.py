@@ -120,6 +120,14 @@ def test_the_memory_limit_is_bandwidth_over_the_weights_of_a_step() -> None:
     assert limits.decode_limit({"error": "there is no C++ compiler"}, small, "int8") is None
 
 
+def test_a_limit_is_the_best_that_the_machine_ever_did() -> None:
+    disturbed = {"read_gb_per_s": {"1024": 50.0, "4096": 30.0}, "tera_ops_per_s": {"any": 0}}
+    other = {"read_gb_per_s": {"1024": 40.0, "4096": 60.0}, "tera_ops_per_s": {"any": 0}}
+    assert limits.highest(disturbed, other)["read_gb_per_s"] == {"1024": 50.0, "4096": 60.0}
+    assert limits.highest({"error": "once"}, other) == other
+    assert limits.highest(other, {"error": "once"}) == other
+
+
 def test_foreign_load_is_what_others_used(monkeypatch: pytest.MonkeyPatch) -> None:
     busy = iter([100.0, 103.0, 103.0])
     clock = iter([0.0, 2.0, 2.0])
