@@ -1,0 +1,1 @@
+"""Training side by side with karpathy/nanoGPT: ``python -m benchmarks.train --nanogpt PATH --text FILE``."""
