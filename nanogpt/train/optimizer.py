@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 
+from nanogpt.errors import MissingDependency
 from nanogpt.train.config import TrainConfig
 
 
@@ -29,21 +30,42 @@ def _share(config: TrainConfig, step: int) -> float:
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def create_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW in two groups: matrices and embeddings decay, biases and LayerNorms do not."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def create_optimizers(model: torch.nn.Module, config: TrainConfig) -> dict[str, torch.optim.Optimizer]:
+    """AdamW in two groups (matrices and embeddings decay, biases and LayerNorms do not); with Muon for the layers'
+    matrices, where the configuration asks for it. By the names under which a checkpoint keeps their states.
+
+    Raises: MissingDependency where PyTorch has no Muon.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    muon = [p for name, p in named if config.optimizer == "muon" and p.dim() == 2 and ".h." in name]
+    taken = set(map(id, muon))
+    rest = [p for _, p in named if id(p) not in taken]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
+    adamw: torch.optim.Optimizer
     try:
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+        adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
     except RuntimeError:  # PyTorch before 2.4 has a fused one for CUDA only
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas)
+        adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas)
+    if not muon:
+        return {"optimizer": adamw}
+    if not hasattr(torch.optim, "Muon"):
+        raise MissingDependency(
+            f"optimizer is muon, and PyTorch {torch.__version__} has none.",
+            remedy='Install PyTorch 2.9 or newer, or use optimizer = "adamw".',
+        )
+    return {
+        "optimizer": adamw,
+        "muon": torch.optim.Muon(muon, lr=config.muon_learning_rate, weight_decay=config.weight_decay),
+    }
 
 
-def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], value: float) -> None:
-    for optimizer in optimizers:
+def set_learning_rate(optimizers: Mapping[str, torch.optim.Optimizer], config: TrainConfig, value: float) -> None:
+    """``value`` is AdamW's; Muon's is in the same proportion to its own highest."""
+    for name, optimizer in optimizers.items():
+        scale = config.muon_learning_rate / max(config.learning_rate, 1e-12) if name == "muon" else 1.0
         for group in optimizer.param_groups:
-            group["lr"] = value
+            group["lr"] = value * scale

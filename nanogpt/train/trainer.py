@@ -27,7 +27,7 @@ from nanogpt.runner.cpus import usable_cpus
 from nanogpt.train import checkpoints
 from nanogpt.train.batches import Batches, MicroBatch
 from nanogpt.train.config import TrainConfig
-from nanogpt.train.optimizer import create_optimizer, learning_rate, set_learning_rate
+from nanogpt.train.optimizer import create_optimizers, learning_rate, set_learning_rate
 from nanogpt.train.report import Report
 from nanogpt.train.throughput import Throughput
 from nanogpt.train.workers import Workers
@@ -86,7 +86,7 @@ class _Run:
         self.task, self.config, self.workers = task, config, workers
         self.folder = Path(config.out_dir)
         self.model = task.model.to(workers.device)
-        self.optimizer = create_optimizer(self.model, config)
+        self.optimizers = create_optimizers(self.model, config)
         self.step = 0
         self.val_loss: float | None = None
         self.best = math.inf
@@ -193,9 +193,10 @@ class _Run:
         following = self._batches(self.step + 1) if self.step + 1 < config.max_steps else []
         if config.grad_clip:
             self._norm = torch.nn.utils.clip_grad_norm_(self._parameters, config.grad_clip)
-        set_learning_rate([self.optimizer], learning_rate(config, self.step))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        set_learning_rate(self.optimizers, config, learning_rate(config, self.step))
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         assert isinstance(total, torch.Tensor)
         self._pending.append((self.step + 1, total))
         return following, tokens
@@ -273,7 +274,7 @@ class _Run:
             "step": self.step,
             "val_loss": self.val_loss,
             "best_val_loss": self.best,
-            "optimizer": self.optimizer.state_dict(),
+            **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "training": self.config.as_dict(),
             **self.task.stored,
         }
@@ -298,7 +299,11 @@ class _Run:
                 remedy="Name another out_dir for another model.",
             )
         self.model.load_state_dict(value["model"])
-        self.optimizer.load_state_dict(value["optimizer"])
+        if ("muon" in value) != ("muon" in self.optimizers):
+            was = "muon" if "muon" in value else "adamw"
+            raise SettingsError(f"{path} was trained with {was}: --set optimizer={was} goes on.", field="optimizer")
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(value[name])
         self.step, self.val_loss, self.best = value["step"], value["val_loss"], value["best_val_loss"]
         self.saved, self._saved_step = path, self.step
 

@@ -59,7 +59,14 @@ def test_a_checkpoint_is_read_by_torch_and_by_the_loader(configure: Configure) -
         assert torch.equal(ours.eval()(ids)[0], GPT.from_checkpoint(checkpoint).eval()(ids)[0])
 
 
-@pytest.mark.parametrize("changes", [{"dropout": 0.2, "accumulation": 2}, {"order": "sequential", "schedule": "wsd"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dropout": 0.2, "accumulation": 2},
+        {"order": "sequential", "schedule": "wsd"},
+        {"optimizer": "muon"},
+    ],
+)
 def test_resuming_is_bitwise(configure: Configure, tmp_path: Path, changes: dict[str, Any]) -> None:
     """20 steps at once, and 10 and 10: the files at the end are the same, to the last bit."""
     straight = configure(out_dir=str(tmp_path / "straight"), **changes)
@@ -103,12 +110,10 @@ def test_an_occupied_folder_is_refused(configure: Configure) -> None:
         pretrain(configure())
 
 
-@pytest.mark.parametrize("change", ["n_embd", "data"])
-def test_another_model_or_text_is_not_resumed(
-    configure: Configure, tmp_path: Path, change: str, request: pytest.FixtureRequest
-) -> None:
+@pytest.mark.parametrize("change", ["n_embd", "data", "optimizer"])
+def test_another_model_or_text_is_not_resumed(configure: Configure, tmp_path: Path, change: str) -> None:
     pretrain(configure(max_steps=5, checkpoint_interval=5))
-    changes: dict[str, Any] = {"n_embd": 32}
+    changes: dict[str, Any] = {"n_embd": 32} if change == "n_embd" else {"optimizer": "muon"}
     if change == "data":
         from nanogpt.train.prepare import prepare_text
 
@@ -116,7 +121,7 @@ def test_another_model_or_text_is_not_resumed(
         prepare_text([tmp_path / "b.txt"], tmp_path / "b", tokenizer="characters", vocab_size=0, val_fraction=0.1,
                      shard_tokens=5000)  # fmt: skip
         changes = {"data": str(tmp_path / "b")}
-    with pytest.raises(SettingsError, match="n_embd" if change == "n_embd" else "other data"):
+    with pytest.raises(SettingsError, match="other data" if change == "data" else change):
         pretrain(configure(**changes), resume=True)
 
 
@@ -256,11 +261,11 @@ def test_schedules(configure: Configure, schedule: str, expected: dict[int, floa
 
 
 def test_biases_and_norms_do_not_decay(configure: Configure) -> None:
-    from nanogpt.train.optimizer import create_optimizer
+    from nanogpt.train.optimizer import create_optimizers
     from nanogpt.train.pretrain import model_config
 
     model = GPT(model_config(configure(bias=True), 37))
-    optimizer = create_optimizer(model, configure())
+    optimizer = create_optimizers(model, configure())["optimizer"]
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert decays[id(parameter)] == (0.1 if parameter.dim() == 2 else 0.0), name
