@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -59,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
                 found.append({**result, "seconds": round(time.monotonic() - start, 3)})
         card = {key: llm.card[key] for key in ("name", "path", "step", "runner", "precision", "device")}
     if args.json:
-        print(json.dumps({"model": card, "results": found}, indent=2, ensure_ascii=False))
+        results = [tasks.without_infinities(result) for result in found]
+        print(json.dumps({"model": card, "results": results}, indent=2, ensure_ascii=False))
     else:
         print("\n".join(table(card, found)))
     return 0
@@ -73,15 +75,15 @@ def table(card: dict[str, Any], results: list[dict[str, Any]]) -> list[str]:
         if r["task"] == "loss":
             of = f"{r['tokens']:,} tokens of {Path(r['file']).name}"
             rows += [
-                ("loss", "nats a token", f"{r['loss']:.4f}", f"± {r['loss_margin']:.4f}", of),
-                ("", "bits a byte", f"{r['bits_per_byte']:.4f}", f"± {r['bits_per_byte_margin']:.4f}", ""),
+                ("loss", "nats a token", f"{r['loss']:.4f}", _margin(r["loss_margin"], ".4f"), of),
+                ("", "bits a byte", f"{r['bits_per_byte']:.4f}", _margin(r["bits_per_byte_margin"], ".4f"), ""),
                 ("", "perplexity", f"{r['perplexity']:.4g}", _interval(r), ""),
             ]
         elif r["task"] == "hellaswag":
             rows += [
-                ("hellaswag", "acc_norm", f"{r['accuracy_norm']:.2%}", f"± {r['accuracy_norm_margin']:.2%}",
+                ("hellaswag", "acc_norm", f"{r['accuracy_norm']:.2%}", _margin(r["accuracy_norm_margin"], ".2%"),
                  f"{r['items']:,} items"),
-                ("", "acc", f"{r['accuracy']:.2%}", f"± {r['accuracy_margin']:.2%}", ""),
+                ("", "acc", f"{r['accuracy']:.2%}", _margin(r["accuracy_margin"], ".2%"), ""),
             ]  # fmt: skip
         else:
             rows += [
@@ -89,7 +91,7 @@ def table(card: dict[str, Any], results: list[dict[str, Any]]) -> list[str]:
                     "lambada",
                     "acc",
                     f"{r['accuracy']:.2%}",
-                    f"± {r['accuracy_margin']:.2%}",
+                    _margin(r["accuracy_margin"], ".2%"),
                     f"{r['passages']:,} passages",
                 ),
                 ("", "perplexity", f"{r['perplexity']:.4g}", _interval(r), ""),
@@ -100,7 +102,13 @@ def table(card: dict[str, Any], results: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def _margin(value: float, form: str) -> str:
+    return f"± {value:{form}}" if math.isfinite(value) else "unknown"
+
+
 def _interval(result: dict[str, Any]) -> str:
+    if not math.isfinite(result["perplexity_high"]):
+        return "unknown"
     return f"{result['perplexity_low']:.4g} to {result['perplexity_high']:.4g}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -20,7 +21,7 @@ _Z: Final = 1.959964
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean, and the half width of its 95 % confidence interval (0 where there is one observation)."""
+    """A mean, and the half width of its 95 % confidence interval: infinite where there is one observation alone."""
 
     mean: float
     margin: float
@@ -60,7 +61,7 @@ def estimate(values: Sequence[float] | npt.NDArray[Any], weights: Sequence[float
     w = np.ones(len(x)) if weights is None else np.asarray(weights, np.float64)
     mean = float((x * w).sum() / w.sum())
     if len(x) < 2:
-        return Estimate(mean, 0.0, len(x))
+        return Estimate(mean, math.inf, len(x))
     # Of a ratio of sums: the residuals weighted as the mean weighs them.
     residuals = w * (x - mean)
     error = np.sqrt((residuals**2).sum() * len(x) / (len(x) - 1)) / w.sum()

@@ -203,3 +203,8 @@ def _text(path: Path) -> str:
 
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
+
+
+def without_infinities(result: dict[str, Any]) -> dict[str, Any]:
+    """A result as JSON can carry it: null for what one observation does not tell."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}

@@ -13,6 +13,7 @@ import pytest
 from support import require_service
 
 from nanogpt import cli
+from nanogpt.cli.eval import table
 from nanogpt.errors import InvalidRequest
 from nanogpt.eval import tasks
 from nanogpt.eval.scoring import continuation_logprobs, estimate, following_logprobs
@@ -72,6 +73,14 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
         found = estimate(rng.exponential(2.0, 100))
         held += abs(found.mean - 2.0) <= found.margin
     assert 0.90 < held / 400 < 0.98
+
+
+def test_one_window_tells_no_interval(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("ab cd")
+    found = tasks.evaluate_loss(Fixed(16), path)  # type: ignore[arg-type]
+    assert tasks.without_infinities(found)["loss_margin"] is None
+    assert "unknown" in "".join(table({"name": "x", "runner": "x", "precision": "x", "device": "x"}, [found]))
 
 
 def test_hellaswag_is_length_normalised(tmp_path: Path) -> None:
