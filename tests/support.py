@@ -14,12 +14,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def in_ci() -> bool:
+    """Whether everything has to be there, and every test has to run."""
+    return os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+
 def require_service(name: str, found: bool, reason: str) -> None:
     """Go on if ``found``; otherwise skip with the reason, or fail where CI=true."""
     if found:
         return
     message = f"{name} is missing: {reason}"
-    if os.environ.get("CI", "").lower() in ("1", "true", "yes"):
+    if in_ci():
         pytest.fail(f"{message} (in CI a missing service is a failure)", pytrace=False)
     pytest.skip(message)
 

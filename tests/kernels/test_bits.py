@@ -14,7 +14,7 @@ from support import ROOT, require_service
 GOLDEN = ROOT / "tests" / "kernels" / "bits.txt"
 COMPILER = "aarch64-linux-gnu-g++"
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.services, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def build_and_run(folder: Path, *options: str, runner: tuple[str, ...] = ()) -> str:
