@@ -269,3 +269,30 @@ def test_biases_and_norms_do_not_decay(configure: Configure) -> None:
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert decays[id(parameter)] == (0.1 if parameter.dim() == 2 else 0.0), name
+
+
+def test_bfloat16_on_a_cpu_keeps_attention_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's backward of attention in bfloat16 there took more time than bfloat16 saved everywhere else."""
+    from nanogpt.model.config import GPTConfig
+
+    seen: list[torch.dtype] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(q: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        seen.append(q.dtype)
+        return real(q, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=37, num_tokens=37))
+    ids = torch.randint(37, (2, 16))
+    gradients = []
+    for bf16 in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            _, loss = model(ids, ids)
+        assert loss is not None
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        model.zero_grad(set_to_none=True)
+    assert set(seen) == {torch.float32}
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
