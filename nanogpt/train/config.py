@@ -108,7 +108,7 @@ class TrainConfig:
     # -- the machine
     device: str = _key("auto", "auto: cuda where there is one.", choices=("auto", "cpu", "cuda"))
     precision: str = _key(
-        "auto", "bf16: matrix products in bfloat16 (autocast); weights stay float32. auto: bf16 on cuda.",
+        "auto", "bf16: matrix products in bfloat16 (autocast); weights stay float32. auto: where the device has it.",
         choices=("auto", "fp32", "bf16"),
     )  # fmt: skip
     compile: bool = _key(False, "torch.compile: slower to start, faster afterwards. Needs a C++ compiler on a CPU.")

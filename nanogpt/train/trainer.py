@@ -102,7 +102,7 @@ class _Run:
                 self._forward, device_ids=[workers.device.index] if workers.device.type == "cuda" else None
             )
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._bf16 = config.precision == "bf16" or (config.precision == "auto" and workers.device.type == "cuda")
+        self._bf16 = config.precision == "bf16" or (config.precision == "auto" and _has_bf16(workers.device))
         self._report: Report | None = None
         self._json = json_lines
         # Losses stay on the device until somebody looks: a look makes the processor wait for the device.
@@ -306,6 +306,17 @@ class _Run:
             optimizer.load_state_dict(value[name])
         self.step, self.val_loss, self.best = value["step"], value["val_loss"], value["best_val_loss"]
         self.saved, self._saved_step = path, self.step
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16; others only imitate it, more slowly than they compute in float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:  # not Linux
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _dropout_seed(seed: int, step: int, index: int) -> int:

@@ -21,7 +21,7 @@ TEXT = "".join(f"{i % 10} the quick brown fox jumps over the lazy dog\n" for i i
 TINY: dict[str, Any] = {
     "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "bias": False, "batch_size": 4, "max_steps": 20,
     "warmup_steps": 2, "learning_rate": 1e-2, "min_learning_rate": 1e-3, "eval_interval": 10, "eval_batches": 4,
-    "checkpoint_interval": 10, "log_interval": 5, "threads": 1, "device": "cpu",
+    "checkpoint_interval": 10, "log_interval": 5, "threads": 1, "device": "cpu", "precision": "fp32",
 }  # fmt: skip
 
 Configure = Callable[..., TrainConfig]
