@@ -107,6 +107,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "on_starting": on_starting,
         "when_ready": when_ready,
         "on_reload": on_reload,
+        "post_fork": post_fork,
         "post_worker_init": post_worker_init,
         "worker_int": worker_int,
         "worker_exit": worker_exit,
@@ -208,6 +209,20 @@ def _url(address: Any) -> str:
 
 
 # -- in a worker ----------------------------------------------------------------------------------------------
+
+
+def post_fork(arbiter: Arbiter, worker: Worker) -> None:
+    """Hear a signal to stop that comes while this worker is being born.
+
+    It inherits the arbiter's handlers, which put a signal into a queue that nobody here reads: the arbiter, having told
+    it once, would wait for the whole of ``graceful_timeout``. What has not begun yet has nothing to finish.
+    """
+    stops = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+    for number in stops:
+        signal.signal(number, signal.SIG_DFL)
+    while not arbiter.SIG_QUEUE.empty():
+        if arbiter.SIG_QUEUE.get_nowait() in stops:
+            sys.exit(0)
 
 
 def post_worker_init(worker: Worker) -> None:
