@@ -73,7 +73,6 @@ def prepare_torch(config: TrainConfig, workers: Workers) -> None:
     if workers.device.type == "cpu":
         share = max(1, usable_cpus() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         torch.set_num_threads(config.threads or share)
-        torch.set_flush_denormal(True)  # dying gradients would otherwise slow every product that meets them
     else:
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
@@ -119,7 +118,7 @@ class _Run:
                 tensorboard=config.tensorboard,
             )  # fmt: skip
         try:
-            with _signals() as caught:
+            with _signals() as caught, _tiny_numbers_are_zero():
                 self._loop(caught)
         finally:
             if self._report is not None:
@@ -326,6 +325,19 @@ def _dropout_seed(seed: int, step: int, index: int) -> int:
 def _kept(folder: Path) -> str:
     newest = checkpoints.latest(folder)
     return f"The last good checkpoint is {newest}." if newest else "No checkpoint had been written."
+
+
+@contextlib.contextmanager
+def _tiny_numbers_are_zero() -> Iterator[None]:
+    """Dying gradients would otherwise slow every product that meets them.
+
+    The switch is the whole thread's arithmetic, Python's own floats included, and so it is put back.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 @contextlib.contextmanager
