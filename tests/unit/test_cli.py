@@ -256,7 +256,12 @@ def test_ctrl_c_keeps_what_was_written(monkeypatch: pytest.MonkeyPatch, capsys: 
             yield " was"
 
     monkeypatch.setattr(generate, "open_model", lambda args: Interrupted())
-    assert cli.main(["generate", "Once"]) == 130
+    # Where the tests themselves run in the background of a script, SIGINT was ignored since before Python started.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cli.main(["generate", "Once"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     captured = capsys.readouterr()
     assert captured.out == "Once there\n"
     assert captured.err == ""
