@@ -13,8 +13,11 @@ PIP := PIP_CONSTRAINT="$(CONSTRAINTS)" PIP_BUILD_CONSTRAINT="$(CONSTRAINTS)" \
 # What a new installation depends on. It is editable: a change of a Python file needs none.
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shell find nanogpt -path '*/kernels/*' -type f)
 
-# Commands that the tests call and the Debian packages they come from.
+# Commands that the tests call and the Debian packages they come from. CI also runs the tests that are slow on a desk.
 SERVICES := curl:curl
+ifneq ($(filter true 1 yes,$(CI)),)
+SERVICES += qemu-aarch64:qemu-user aarch64-linux-gnu-g++:g++-aarch64-linux-gnu
+endif
 
 .DELETE_ON_ERROR:
 .PHONY: help install serve test check format docs bench bench-cpu demo test-lowest constraints services wheel clean
