@@ -113,9 +113,11 @@ class Conversation:
         from nanogpt.chat_template import render
 
         system = [{"role": "system", "content": self.system}] if self.system else []
-        text = render(self._template, system + self.messages)
+        tokenizer = self.llm.tokenizer
+        end_of_text = "" if tokenizer.eos_token_id is None else tokenizer.decode([tokenizer.eos_token_id])
+        text = render(self._template, system + self.messages, end_of_text=end_of_text)
         # The template's own special tokens count; whoever types one here plays with their own model.
-        return self.llm.tokenizer.encode(text, allow_special=True)
+        return tokenizer.encode(text, allow_special=True)
 
     def _fit(self) -> list[int]:
         """The prompt, after the oldest turns were forgotten that leave no room for an answer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +24,12 @@ CHATML = (
 
 
 class Codepoints:
-    """A tokenizer whose ids are code points."""
+    """A tokenizer whose ids are code points; a text ends with the control character for that."""
+
+    eos_token_id = 3
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(chr, token_ids))
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         if "\x00" in text:
@@ -72,7 +77,7 @@ def test_a_plain_transcript_for_a_model_that_was_taught_no_format() -> None:
 def test_the_checkpoints_own_format_is_used() -> None:
     llm = FakeLLM("Hello", chat_template=CHATML)
     list(conversation(llm).answer("Hi"))
-    assert llm.prompts == ["<|user|>Hi<|endoftext|><|assistant|>"]
+    assert llm.prompts == ["<|user|>Hi\x03<|assistant|>"]
     assert llm.params[0].stop == ()
 
 
@@ -233,7 +238,7 @@ def test_a_template_is_data_and_reaches_nothing() -> None:
         "{% for i in range(10**9) %}x{% endfor %}",
     ):
         with pytest.raises(InvalidRequest, match="chat template cannot write this conversation"):
-            render(attack, [{"role": "user", "content": "Hi"}])
+            render(attack, [{"role": "user", "content": "Hi"}], end_of_text="")
 
 
 @pytest.mark.parametrize(
@@ -241,9 +246,9 @@ def test_a_template_is_data_and_reaches_nothing() -> None:
 )
 def test_a_broken_template_is_our_error(template: str) -> None:
     with pytest.raises(InvalidRequest, match="chat template cannot write this conversation"):
-        render(template, [{"role": "user", "content": "Hi"}])
+        render(template, [{"role": "user", "content": "Hi"}], end_of_text="")
 
 
 def test_text_is_not_escaped_nor_read_as_a_template() -> None:
-    text = render(PLAIN, [{"role": "user", "content": "<b> & {{ 7 * 7 }} 你好"}])
+    text = render(PLAIN, [{"role": "user", "content": "<b> & {{ 7 * 7 }} 你好"}], end_of_text="")
     assert text == "User: <b> & {{ 7 * 7 }} 你好\nAssistant:"
