@@ -108,9 +108,11 @@ def encode(examples: Sequence[Example], tokenizer: Tokenizer) -> Tokens:
             field="tokenizer",
         )
     parts: list[int] = []
+    end_of_text = tokenizer.decode([tokenizer.eos_token_id])
     for example in examples:
         messages = [{"role": "system", "content": example.context}] if example.context else []
-        prompt = tokenizer.encode(render(DOLLY, [*messages, {"role": "user", "content": example.instruction}]))
+        messages.append({"role": "user", "content": example.instruction})
+        prompt = tokenizer.encode(render(DOLLY, messages, end_of_text=end_of_text))
         answer = [*tokenizer.encode(example.answer), tokenizer.eos_token_id]
         parts.append(prompt[0] | FIRST)
         parts += prompt[1:]
