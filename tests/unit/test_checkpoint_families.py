@@ -346,14 +346,15 @@ def test_the_instruction_template_is_what_the_fork_trains_on(shared_checkpoints:
     assert template is not None
     question = {"role": "user", "content": "Who?"}
     plain = "### Instruction:\nWho?\n\n### Response:\n"
-    assert render(template, [question]) == plain
+    assert render(template, [question], end_of_text="<|endoftext|>") == plain
     assert jinja2.Template(template).render(messages=[question], eos_token="<|endoftext|>") == plain
     system = {"role": "system", "content": "A play."}
-    assert render(template, [system, question]) == (
+    assert render(template, [system, question], end_of_text="<|endoftext|>") == (
         "### Instruction:\nWho?\n\n### Context:\nA play.\n\n### Response:\n"
     )
     answer = {"role": "assistant", "content": "I."}
-    assert render(template, [question, answer, question]) == plain + "I.<|endoftext|>" + plain
+    full = render(template, [question, answer, question], end_of_text="<|endoftext|>")
+    assert full == plain + "I.<|endoftext|>" + plain
 
 
 # -- trained here ---------------------------------------------------------------------------------------------
