@@ -31,7 +31,7 @@ PLAIN = """\
 PLAIN_STOPS = ("\nUser:",)
 
 
-def render(template: str, messages: Sequence[Message], *, end_of_text: str) -> str:
+def render(template: str, messages: Sequence[Message], *, end_of_text: str = "<|endoftext|>") -> str:
     """The text after which the assistant's next answer begins. ``end_of_text`` is the model's token of that name.
 
     Raises: InvalidRequest when the template refuses the messages or is broken.
