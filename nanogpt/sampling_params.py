@@ -22,7 +22,8 @@ class SamplingParams:
     ids less probable than min_p times the most probable one. seed: None draws a fresh one.
     stop: texts that end the output (they are not part of it). stop_token_ids: ids that end it.
     ignore_eos: go on after the end-of-text id. logprobs: how many alternatives a token is reported with (None:
-    no log probabilities). prompt_logprobs: the same for the prompt's tokens.
+    no log probabilities). prompt_logprobs: the same for the prompt's tokens. grammar: a grammar (JSON, as llguidance
+    writes it) that the output follows.
     """
 
     max_tokens: int = 100
@@ -40,6 +41,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         def check(name: str, low: float, high: float, *, integer: bool = False) -> None:

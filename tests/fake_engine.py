@@ -46,7 +46,7 @@ def load(settings: Settings) -> Model:
         raise CheckpointNotFound(f"There is no file at {options['needs']}.")
     runner = SlowRunner(CONFIG, num_slots(settings), max_batch_tokens=settings.max_batch_tokens)
     runner.step_s = float(options.get("step_s", 0))
-    return Model(runner, "fake", {"family": "fake"}, {"kind": "fake"}, None)
+    return Model(runner, "fake", {"family": "fake"}, "0" * 64, {"kind": "fake"}, None)
 
 
 if __name__ == "__main__":

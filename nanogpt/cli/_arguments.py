@@ -42,7 +42,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, leave_out: tuple[
     """One flag for every field of SamplingParams but those left out; what is not given keeps its default."""
     group = parser.add_argument_group("sampling")
     for field in dataclasses.fields(SamplingParams):
-        if field.name in leave_out:
+        if field.name in leave_out or field.name == "grammar":  # a program writes one, not a person
             continue
         flag, help = "--" + field.name.replace("_", "-"), _HELP[field.name]
         if field.name == "ignore_eos":

@@ -17,13 +17,18 @@ EngineState = Literal["loading", "ready", "draining", "unhealthy"]
 
 @dataclass(slots=True)
 class GenerateRequest:
-    """One sequence to generate. ``client`` names who asks (for fairness); ``timeout_s`` bounds its whole life."""
+    """One sequence to generate. ``timeout_s`` bounds its whole life.
+
+    ``client`` names who asks: places and the queue are shared fairly among clients. ``max_concurrency`` is how many
+    sequences this client may have in the engine at once; 0: any number.
+    """
 
     prompt_token_ids: Sequence[int]
     params: SamplingParams
     request_id: str = ""
     client: str = ""
     timeout_s: float = 300.0
+    max_concurrency: int = 0
 
 
 @dataclass(slots=True)

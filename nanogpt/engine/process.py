@@ -40,6 +40,7 @@ class Model:
     runner: Runner
     name: str
     card: dict[str, Any]
+    digest: str
     tokenizer_spec: dict[str, Any]
     eos_token_id: int | None
 
@@ -47,6 +48,7 @@ class Model:
 def load_model(settings: Settings) -> Model:
     """The settings' checkpoint on the settings' device. Raises: NanoGPTError."""
     from nanogpt.checkpoint import card, load_checkpoint
+    from nanogpt.checkpoint.digest import weights_digest
     from nanogpt.runner import create_runner
 
     checkpoint = load_checkpoint(settings.model_checkpoint, tokenizer=settings.tokenizer)
@@ -63,6 +65,7 @@ def load_model(settings: Settings) -> Model:
         runner=runner,
         name=checkpoint.name,
         card=card(checkpoint),
+        digest=weights_digest(checkpoint),
         tokenizer_spec=checkpoint.tokenizer.to_spec(),
         eos_token_id=checkpoint.tokenizer.eos_token_id,
     )
@@ -120,6 +123,7 @@ def serve(settings: Settings, model: Model, path: str, status: StatusPipe, since
         "runner": runner.name,
         "block_size": runner.config.block_size,
         "card": model.card,
+        "digest": model.digest,
         "tokenizer": model.tokenizer_spec,
     }
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:

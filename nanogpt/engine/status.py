@@ -23,6 +23,8 @@ class EngineStatus:
     runner: str | None = None
     block_size: int | None = None
     card: dict[str, Any] | None = None
+    digest: str | None = None
+    """SHA-256 of the weights: the same for the same weights in whatever file."""
     tokenizer: dict[str, Any] | None = None
     """``tokenizer_from_spec`` makes the tokenizer of it."""
     stats: dict[str, int] = field(default_factory=dict)

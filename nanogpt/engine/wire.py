@@ -2,7 +2,8 @@
 
 A frame is four bytes of length (little-endian) and one msgpack array whose first item says what it is:
 
-    worker → engine   [SUBMIT, id, prompt_token_ids, params, request_id, client, timeout_s]   [ABORT, id]
+    worker → engine   [SUBMIT, id, prompt_token_ids, params, request_id, client, timeout_s,
+                       max_concurrency]   [ABORT, id]
     engine → worker   [HELLO, {...}]   [STATS, {...}]
                       [NEWS, [id accepted …], [[id, error] refused …],
                              [id, token_ids, logprobs or None, …], [[id, finished] …]]
@@ -24,7 +25,7 @@ from nanogpt import errors
 from nanogpt.engine.messages import Finished, GenerateRequest, Timings, Tokens
 from nanogpt.sampling_params import SamplingParams, TokenLogprobs
 
-VERSION = 1
+VERSION = 2
 SUBMIT, ABORT, HELLO, STATS, NEWS = range(5)
 
 MAX_FRAME_BYTES = 64 * 2**20
@@ -79,13 +80,16 @@ def submit_message(request_number: int, request: GenerateRequest) -> list[Any]:
         request.request_id,
         request.client,
         request.timeout_s,
+        request.max_concurrency,
     ]
 
 
 def read_request(fields: list[Any]) -> GenerateRequest:
     """The request of a SUBMIT message, without its first two items. Raises: InvalidRequest."""
-    prompt_token_ids, params, request_id, client, timeout_s = fields
-    return GenerateRequest(prompt_token_ids, SamplingParams.from_wire(params), request_id, client, timeout_s)
+    prompt_token_ids, params, request_id, client, timeout_s, max_concurrency = fields
+    return GenerateRequest(
+        prompt_token_ids, SamplingParams.from_wire(params), request_id, client, timeout_s, max_concurrency
+    )
 
 
 # -- events ---------------------------------------------------------------------------------------------------

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
-import re
 import struct
 import tempfile
 import time
@@ -26,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nanogpt import _kernels
-from nanogpt.checkpoint import weights_sha256
+from nanogpt.checkpoint.digest import cache_folder, weights_digest
 from nanogpt.checkpoint.types import Checkpoint
 
 Bytes = npt.NDArray[np.uint8]
@@ -41,22 +39,7 @@ MAX_BYTES = 8 << 30
 _MAGIC = b"nanogpt packed\r\n"
 _HEADER = struct.Struct("<16sII32s32sQQ")  # magic, format, header's bytes, what it is, weights, size, checksum
 _HEADER_BYTES = 128  # the data begins on a cache line
-_SETTLED_S = 10.0
 _ABANDONED_S = 3600.0
-
-
-def cache_folder() -> Path | None:
-    """Where packed weights are kept; None where they are not to be."""
-    chosen = os.environ.get("NANOGPT_CACHE_DIR", "")
-    if chosen == "off":
-        return None
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "nanogpt"
-    except RuntimeError:  # a user without a home
-        return None
 
 
 def packed_weights(checkpoint: Checkpoint, description: str, size: int, pack: Callable[[Bytes], None]) -> Bytes:
@@ -69,7 +52,7 @@ def packed_weights(checkpoint: Checkpoint, description: str, size: int, pack: Ca
         return packed_in_memory(size, pack)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        digest = _weights_digest(checkpoint, folder)
+        digest = weights_digest(checkpoint)
     except OSError as error:
         logger.info("Packed weights are not kept: %s.", error)
         return packed_in_memory(size, pack)
@@ -153,40 +136,3 @@ def _remove_old(folder: Path, keep: Path) -> None:
         if room < 0:
             with contextlib.suppress(OSError):
                 entry.unlink()
-
-
-def _weights_digest(checkpoint: Checkpoint, folder: Path) -> str:
-    """SHA-256 of the weights. It is remembered for the file as it is, because a start should not read all of it."""
-    identity = _file_identity(checkpoint.path)
-    note = folder / f"{identity}.digest" if identity else None
-    if note is not None:
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            if note.stat().st_uid == os.geteuid():
-                text = note.read_text()
-                if re.fullmatch(r"[0-9a-f]{64}", text):
-                    return text
-    digest = weights_sha256(checkpoint)
-    if note is not None:
-        descriptor, name = tempfile.mkstemp(suffix=".new", dir=folder)
-        with open(descriptor, "w") as file:
-            file.write(digest)
-        os.replace(name, note)
-    return digest
-
-
-def _file_identity(path: Path) -> str | None:
-    """A name for a checkpoint's files as they are now; None where they may still be changing.
-
-    A file that was replaced between the loading and now would be taken for the loaded one: one that was written within
-    the last seconds is hashed instead.
-    """
-    files = sorted(entry for entry in path.iterdir() if entry.is_file()) if path.is_dir() else [path]
-    parts = []
-    for file in files:
-        status = file.stat()
-        if time.time() - max(status.st_mtime, status.st_ctime) < _SETTLED_S:
-            return None
-        parts.append(
-            (str(file.resolve()), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        )
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -14,7 +14,7 @@ from typing import Any
 from nanogpt.checkpoint import Checkpoint, load_checkpoint
 from nanogpt.checkpoint.chat import DOLLY
 from nanogpt.errors import InvalidRequest, SettingsError
-from nanogpt.model.gpt import GPT
+from nanogpt.model.gpt import GPT, Dropout
 from nanogpt.train import checkpoints
 from nanogpt.train.batches import InstructionBatches
 from nanogpt.train.config import TrainConfig
@@ -66,7 +66,7 @@ def finetune(
         }
         batches = InstructionBatches(train_shards, accumulation=config.accumulation, seed=config.seed, **shape)
         task = Task(
-            GPT.from_checkpoint(base, dropout=config.dropout),
+            GPT.from_checkpoint(base, dropout=Dropout(*config.dropouts)),
             batches,
             InstructionBatches(val_shards, **shape) if val_shards else None,
             {

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from nanogpt.errors import MissingDependency
 from nanogpt.train.config import TrainConfig
+from nanogpt.train.muon import Muon
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -30,15 +30,16 @@ def _share(config: TrainConfig, step: int) -> float:
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def create_optimizers(model: torch.nn.Module, config: TrainConfig) -> dict[str, torch.optim.Optimizer]:
+def create_optimizers(
+    model: torch.nn.Module, config: TrainConfig, *, bf16: bool = False
+) -> dict[str, torch.optim.Optimizer]:
     """AdamW in two groups (matrices and embeddings decay, biases and LayerNorms do not); with Muon for the layers'
-    matrices, where the configuration asks for it. By the names under which a checkpoint keeps their states.
-
-    Raises: MissingDependency where PyTorch has no Muon.
+    matrices, where the configuration asks for it (in bfloat16 where the device computes in it). By the names under
+    which a checkpoint keeps their states.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    muon = [p for name, p in named if config.optimizer == "muon" and p.dim() == 2 and ".h." in name]
-    taken = set(map(id, muon))
+    muon = {name: p for name, p in named if config.optimizer == "muon" and p.dim() == 2 and ".h." in name}
+    taken = set(map(id, muon.values()))
     rest = [p for _, p in named if id(p) not in taken]
     groups = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -52,14 +53,14 @@ def create_optimizers(model: torch.nn.Module, config: TrainConfig) -> dict[str, 
         adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas)
     if not muon:
         return {"optimizer": adamw}
-    if not hasattr(torch.optim, "Muon"):
-        raise MissingDependency(
-            f"optimizer is muon, and PyTorch {torch.__version__} has none.",
-            remedy='Install PyTorch 2.9 or newer, or use optimizer = "adamw".',
-        )
+    matrices = [
+        {"params": [p for name, p in muon.items() if "c_attn" in name], "parts": 3},  # q, k and v
+        {"params": [p for name, p in muon.items() if "c_attn" not in name]},
+    ]
+    dtype = torch.bfloat16 if bf16 else torch.float32
     return {
         "optimizer": adamw,
-        "muon": torch.optim.Muon(muon, lr=config.muon_learning_rate, weight_decay=config.weight_decay),
+        "muon": Muon(matrices, config.muon_learning_rate, weight_decay=config.weight_decay, dtype=dtype),
     }
 
 

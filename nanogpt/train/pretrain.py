@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from nanogpt.errors import SettingsError
 from nanogpt.model.config import GPTConfig
-from nanogpt.model.gpt import GPT
+from nanogpt.model.gpt import GPT, Dropout
 from nanogpt.train import checkpoints
 from nanogpt.train.batches import TextBatches
 from nanogpt.train.config import TrainConfig
@@ -51,7 +51,7 @@ def stored(dataset: Dataset) -> dict[str, Any]:
 
 
 def _task(config: TrainConfig, dataset: Dataset, workers: Workers) -> Task:
-    model = GPT(model_config(config, dataset.tokenizer.num_tokens), dropout=config.dropout)
+    model = GPT(model_config(config, dataset.tokenizer.num_tokens), dropout=Dropout(*config.dropouts))
     if workers.first:
         parameters, tokens = model.config.num_parameters(), dataset.num_tokens["train"]
         per_step = config.batch_size * config.accumulation * config.block_size

@@ -85,7 +85,8 @@ class _Run:
         self.task, self.config, self.workers = task, config, workers
         self.folder = Path(config.out_dir)
         self.model = task.model.to(workers.device)
-        self.optimizers = create_optimizers(self.model, config)
+        self._bf16 = config.precision == "bf16" or (config.precision == "auto" and _has_bf16(workers.device))
+        self.optimizers = create_optimizers(self.model, config, bf16=self._bf16)
         self.step = 0
         self.val_loss: float | None = None
         self.best = math.inf
@@ -101,7 +102,6 @@ class _Run:
                 self._forward, device_ids=[workers.device.index] if workers.device.type == "cuda" else None
             )
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._bf16 = config.precision == "bf16" or (config.precision == "auto" and _has_bf16(workers.device))
         self._report: Report | None = None
         self._json = json_lines
         # Losses stay on the device until somebody looks: a look makes the processor wait for the device.

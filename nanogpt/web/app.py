@@ -16,6 +16,7 @@ from nanogpt.errors import SettingsError
 from nanogpt.settings import Settings
 from nanogpt.web import process
 from nanogpt.web.auth import make_check
+from nanogpt.web.caller import Caller
 from nanogpt.web.engine import EngineHandle
 from nanogpt.web.errors import register_error_handlers
 from nanogpt.web.request_log import RequestLog, request_id
@@ -40,6 +41,7 @@ def create_app(settings: Settings | None = None, *, client: EngineClient | None 
     def enter() -> None:
         g.request_id = request_id(request)
         g.record = RequestLog.start(request, g.request_id)
+        g.caller = Caller(f"address:{request.remote_addr}")
         check_key(request)
 
     @app.after_request

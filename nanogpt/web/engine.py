@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from nanogpt.engine.client import EngineClient, EngineStatus, refusal
@@ -27,6 +28,8 @@ class ServedModel:
 
     name: str
     tokenizer: Tokenizer
+    digest: str = ""
+    card: Mapping[str, Any] = field(default_factory=dict)
 
 
 class EngineHandle:
@@ -65,7 +68,9 @@ class EngineHandle:
             with self._lock:
                 # A new engine has said hello: its tokenizer is made once, however many requests wait for it.
                 if self._model is None or self._spec is not status.tokenizer:
-                    self._model = ServedModel(status.model, tokenizer_from_spec(status.tokenizer))
+                    self._model = ServedModel(
+                        status.model, tokenizer_from_spec(status.tokenizer), status.digest or "", status.card or {}
+                    )
                     self._spec = status.tokenizer
                 model = self._model
         return model

@@ -65,7 +65,6 @@ class TextGeneration:
         started: float,
         client_gone: Callable[[], bool],
         silence_s: float,
-        on_close: Callable[[], None],
     ) -> None:
         self._generation = generation
         self._text = TextStream(tokenizer, stop)
@@ -73,7 +72,6 @@ class TextGeneration:
         self._started = started
         self._client_gone = client_gone
         self._silence_s = silence_s
-        self._on_close = on_close
         self._ended = False
         self._closed = False
         self._first_token_at = 0.0
@@ -137,7 +135,6 @@ class TextGeneration:
         self._closed = True
         if not self._ended:
             self._generation.abort()
-        self._on_close()
 
     def _last_event(self) -> Finished | None:
         """The engine's account of a sequence that was aborted because its text is complete: it comes within a step.

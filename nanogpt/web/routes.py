@@ -2,74 +2,44 @@
 
 from __future__ import annotations
 
-from threading import BoundedSemaphore
+from contextlib import ExitStack, closing
+from functools import partial
 from typing import Any
 
 from flask import Blueprint, Response, g, request
 
 from nanogpt._version import __version__
-from nanogpt.engine.messages import GenerateRequest
-from nanogpt.errors import QueueFull
-from nanogpt.sampling_params import SamplingParams
 from nanogpt.settings import Settings
 from nanogpt.web import process
 from nanogpt.web.answers import json_response
 from nanogpt.web.body import read_json_object
-from nanogpt.web.connection import make_client_gone
 from nanogpt.web.engine import EngineHandle, ServedModel
-from nanogpt.web.generation import Outcome, TextGeneration
-from nanogpt.web.request_log import RequestLog
+from nanogpt.web.generation import Outcome
 from nanogpt.web.schemas import GenerateBody
+from nanogpt.web.service import GenerationService
 from nanogpt.web.streaming import EventStream
 
 
 def make_routes(settings: Settings, engine: EngineHandle) -> Blueprint:
     """The guide's API on this engine."""
     routes = Blueprint("guide", __name__)
-    # gunicorn runs a few threads more than this, so that /health answers in time however many texts are being written.
-    places = BoundedSemaphore(settings.http_threads)
+    service = GenerationService(settings, engine)
 
     @routes.post("/generate")
     def generate() -> Response:
         body = GenerateBody.parse(read_json_object(request, settings.max_body_bytes), settings)
-        if not places.acquire(blocking=False):
-            raise QueueFull("The server is busy.", remedy="Send the request again later.")
-        try:
-            model = engine.model()
-            text = start(model, model.tokenizer.encode(body.prompt), body.sampling_params())
-        except BaseException:
-            places.release()
-            raise
-        if body.stream:
-            return EventStream(text, g.record, lambda outcome: generate_answer(body, model, outcome)).response()
-        try:
-            return json_response(generate_answer(body, model, text.run()))
-        finally:
-            text.close()
-            g.record.describe(text)
-
-    def start(model: ServedModel, prompt_token_ids: list[int], params: SamplingParams) -> TextGeneration:
-        """Hand the request to the engine. Raises: whatever the engine refuses it with."""
-        record: RequestLog = g.record
-        generation = engine.client.submit(
-            GenerateRequest(
-                prompt_token_ids,
-                params,
-                request_id=record.request_id,
-                client=request.remote_addr or "",
-                timeout_s=settings.request_timeout_s,
-            )
-        )
-        return TextGeneration(
-            generation,
-            model.tokenizer,
-            params.stop,
-            num_prompt_tokens=len(prompt_token_ids),
-            started=record.started,
-            client_gone=make_client_gone(request.environ),
-            silence_s=settings.stream_ping_s,
-            on_close=places.release,
-        )
+        with ExitStack() as held:
+            held.enter_context(service.place())
+            model = service.model()
+            text = service.start(model, model.tokenizer.encode(body.prompt), body.sampling_params())
+            held.enter_context(closing(text))
+            if body.stream:
+                final = partial(generate_answer, body, model)
+                return EventStream(text, g.record, final, held.pop_all()).response()
+            try:
+                return json_response(generate_answer(body, model, text.run()))
+            finally:
+                g.record.describe(text)
 
     @routes.get("/health")
     def health() -> Response:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import chain
 from typing import Any
 
@@ -20,12 +21,18 @@ from nanogpt.web.request_log import RequestLog
 
 
 class EventStream:
-    """The body of a streamed answer. Its ``close`` runs however the answer ends, also before the first byte."""
+    """The body of a streamed answer. Its ``close`` runs however the answer ends, also before the first byte.
 
-    def __init__(self, text: TextGeneration, record: RequestLog, final: Callable[[Outcome], dict[str, Any]]) -> None:
+    ``held`` is what the request holds (its place, its text), and is closed with it.
+    """
+
+    def __init__(
+        self, text: TextGeneration, record: RequestLog, final: Callable[[Outcome], dict[str, Any]], held: ExitStack
+    ) -> None:
         self._text = text
         self._record = record
         self._final = final
+        self._held = held
         self._events: Iterator[bytes] = iter(())
 
     def response(self) -> Response:
@@ -53,7 +60,7 @@ class EventStream:
     def close(self) -> None:
         if self._text.outcome is None and self._record.outcome is None:
             self._record.outcome = ClientGone.code  # gunicorn could not write, or never began to
-        self._text.close()
+        self._held.close()
         self._record.describe(self._text)
 
     def _make_events(self, pieces: Iterator[str | None]) -> Iterator[bytes]:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from native_support import bits, kept_runner, native_runner
 from tiny_model import NUM_TOKENS, Part, distribution, everything, log_softmax, step, tiny_checkpoint
 
+from nanogpt.checkpoint import digest
 from nanogpt.errors import SettingsError
 from nanogpt.runner import native_cache
 from nanogpt.runner.native import NativeRunner
@@ -209,12 +210,12 @@ def test_a_digest_is_remembered_only_for_files_at_rest(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[int] = []
-    real = native_cache.weights_sha256
-    monkeypatch.setattr(native_cache, "weights_sha256", lambda c: hashed.append(1) or real(c))
+    real = digest.weights_sha256
+    monkeypatch.setattr(digest, "weights_sha256", lambda c: hashed.append(1) or real(c))
     for _ in range(2):
         some_logits(settled_checkpoint(tmp_path))
     assert len(hashed) == 2  # written just now
-    monkeypatch.setattr(native_cache, "_SETTLED_S", -1.0)
+    monkeypatch.setattr(digest, "_SETTLED_S", -1.0)
     for _ in range(3):
         some_logits(settled_checkpoint(tmp_path))
     assert len(hashed) == 3
