@@ -85,9 +85,10 @@ def test_it_learns_and_the_tied_head_learns_with_the_embedding() -> None:
     assert losses[-1] < losses[0] / 2
 
 
-def test_dropout_acts_in_training_only() -> None:
+@pytest.mark.parametrize("dropout", [Dropout(residual=0.5), Dropout(attention=0.5)])
+def test_dropout_acts_in_training_only(dropout: Dropout) -> None:
     torch.manual_seed(0)
-    model = GPT(CONFIG, dropout=0.5)
+    model = GPT(CONFIG, dropout=dropout)
     idx = torch.randint(CONFIG.num_tokens, (1, 8))
     assert not torch.equal(model(idx)[0], model(idx)[0])
     model.eval()
