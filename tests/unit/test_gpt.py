@@ -10,7 +10,7 @@ from tiny_model import tiny_checkpoint
 torch = pytest.importorskip("torch")
 
 from nanogpt.model.config import GPTConfig  # noqa: E402
-from nanogpt.model.gpt import GPT  # noqa: E402
+from nanogpt.model.gpt import GPT, Dropout  # noqa: E402
 
 CONFIG = GPTConfig(n_layer=3, n_head=4, n_embd=64, block_size=32, vocab_size=400, num_tokens=390)
 
