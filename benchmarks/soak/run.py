@@ -62,17 +62,17 @@ class Redis:
             self._process = None
 
 
+FAULTS = ("engine_killed", "reloaded", "redis_stopped", "worker_killed", "rolled_back", "gigabyte_body",
+          "workers_renewed", "reload_refused")  # fmt: skip
+"""The methods of ``Faults``, in the order of their first turn; later turns are in random order."""
+
+
 class Faults:
     """What is done to the server while it works. Each leaves it able to recover by itself."""
 
     def __init__(self, server: Server, redis: Redis, account: Account, other: str) -> None:
         self._server, self._redis, self._account, self._other = server, redis, account, other
         self.done: list[str] = []
-
-    @property
-    def all(self) -> list[Callable[[], Awaitable[None]]]:
-        return [self.engine_killed, self.reloaded, self.redis_stopped, self.worker_killed, self.rolled_back,
-                self.gigabyte_body, self.workers_renewed, self.reload_refused]  # fmt: skip
 
     async def engine_killed(self) -> None:
         self._server.kill("engine")
@@ -112,21 +112,22 @@ class Faults:
 
     async def run(self, every_s: float, until: float, seed: int) -> None:
         draw = random.Random(seed)
-        waiting: list[Callable[[], Awaitable[None]]] = []
+        waiting = list(reversed(FAULTS))
         while time.monotonic() + every_s < until:
             await asyncio.sleep(every_s)
             if not waiting:
-                waiting = self.all
+                waiting = list(FAULTS)
                 draw.shuffle(waiting)
-            fault = waiting.pop()
+            name = waiting.pop()
+            fault: Callable[[], Awaitable[None]] = getattr(self, name)
             try:
                 await asyncio.wait_for(fault(), 60.0)
             except Cut:
                 if not self._account.may_be_cut():
-                    self._account.violation(f"{fault.__name__}: the connection was cut")
+                    self._account.violation(f"{name}: the connection was cut")
             except TimeoutError:
-                self._account.violation(f"{fault.__name__} took more than 60 s")
-            self.done.append(fault.__name__)
+                self._account.violation(f"{name} took more than 60 s")
+            self.done.append(name)
 
 
 def soak(
