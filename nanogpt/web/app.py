@@ -17,6 +17,7 @@ from nanogpt.settings import Settings
 from nanogpt.web import process
 from nanogpt.web.auth import make_check
 from nanogpt.web.caller import Caller
+from nanogpt.web.docs_routes import make_docs_routes
 from nanogpt.web.engine import EngineHandle
 from nanogpt.web.errors import register_error_handlers
 from nanogpt.web.openai.routes import make_openai_routes
@@ -59,6 +60,7 @@ def create_app(settings: Settings | None = None, *, client: EngineClient | None 
     service = GenerationService(settings, engine)
     app.register_blueprint(make_routes(service))
     app.register_blueprint(make_openai_routes(service))
+    app.register_blueprint(make_docs_routes(settings))
     return app
 
 

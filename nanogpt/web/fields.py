@@ -17,7 +17,10 @@ from nanogpt.web.body import json_type
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
 Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 MAX_BIASES = 1024
-Biases = Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)]
+Biases = Annotated[
+    dict[str, Bias],
+    Field(max_length=MAX_BIASES, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,10}$"}}),
+]
 
 Model = TypeVar("Model", bound="Fields")
 
@@ -133,7 +136,7 @@ def _refusal(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
 
 
 def _name(path: tuple[int | str, ...], field: str) -> str:
-    """``messages[0].role``, ``logit_bias of '5'``; which member of a union it is (stop, response_format) is not told."""
+    """``messages[0].role``, ``logit_bias of '5'``. Which member of a union (stop, response_format) is not told."""
     if field == "stop":
         return field
     if field == "response_format":

@@ -8,7 +8,6 @@ from typing import Any
 
 from flask import Blueprint, Response, g, request
 
-from nanogpt._version import __version__
 from nanogpt.web import process
 from nanogpt.web.answers import json_response
 from nanogpt.web.body import read_json_object
@@ -64,20 +63,6 @@ def make_routes(service: GenerationService) -> Blueprint:
         if process.is_draining():
             status = "draining"
         return status, now.device or None, now.reason or None if status != "healthy" else None
-
-    @routes.get("/")
-    def index() -> Response:
-        return json_response(
-            {
-                "name": "nano-gpt-api",
-                "version": __version__,
-                "routes": {
-                    "POST /generate": 'Continue a text. JSON body: {"prompt": "Once upon a time", "max_length": 100}',
-                    "GET /health": "Whether the model is loaded, and on which device.",
-                    "GET /ready": "Whether a request would be answered now.",
-                },
-            }
-        )
 
     return routes
 
