@@ -104,7 +104,7 @@ Content = Annotated[
 def nullable(schema: dict[str, Any]) -> None:
     """Optional fields may be null."""
     for name, value in schema.get("properties", {}).items():
-        if name not in schema.get("required", ()):
+        if name not in schema.get("required", ()) and {"type": "null"} not in value.get("anyOf", ()):
             told = {key: value.pop(key) for key in ("title", "description", "default") if key in value}
             schema["properties"][name] = {"anyOf": [value, {"type": "null"}], **told}
 
