@@ -155,6 +155,12 @@ class TooManyRequests(NanoGPTError):
     code = "rate_limited"
 
 
+class ConcurrencyLimit(TooManyRequests):
+    """This client has as many requests under way as it may have at once."""
+
+    code = "concurrency_limit"
+
+
 # -- the engine -----------------------------------------------------------------------------------------------
 
 

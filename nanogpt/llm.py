@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from nanogpt.checkpoint import card, load_checkpoint
 from nanogpt.engine.core import Engine
-from nanogpt.engine.messages import Finished, FinishReason, GenerateRequest, Tokens
+from nanogpt.engine.grammar import Grammars
+from nanogpt.engine.messages import GRAMMAR, Finished, FinishReason, GenerateRequest, Tokens
 from nanogpt.errors import InvalidRequest, NanoGPTError
 from nanogpt.runner import create_runner
 from nanogpt.sampling_params import SamplingParams, TokenLogprobs
@@ -120,6 +121,7 @@ class LLM:
             "precision": self._runner.precision,
             "runner": self._runner.name,
         }
+        self._grammars = Grammars(lambda: self.tokenizer, self.config.num_tokens)
         self._lock = threading.Lock()
         self._open: dict[int, _Request] = {}
         self._engine: Engine | None = self._new_engine()
@@ -132,6 +134,7 @@ class LLM:
             max_queue=_NO_LIMIT,
             context_overflow=self._settings.context_overflow,
             eos_token_id=self.tokenizer.eos_token_id,
+            grammars=self._grammars,
         )
 
     # -- texts -------------------------------------------------------------------------------------------------
@@ -339,6 +342,8 @@ class _Request:
     def completion(self) -> Completion:
         """Raises: NanoGPTError when the engine could not compute it."""
         assert self._end is not None
+        if self._end.reason == "error" and (self._end.error or "").startswith(GRAMMAR):
+            raise InvalidRequest(f"The text cannot go on by its {self._end.error}", field="grammar")
         if self._end.reason == "error":
             raise NanoGPTError(f"The model could not compute the request: {self._end.error}")
         return Completion(

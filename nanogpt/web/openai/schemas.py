@@ -218,7 +218,7 @@ class SamplingBody(Fields):
 
         grammar: str
         if self.regex is not None:
-            grammar = grammars.from_regex(self.regex)
+            grammar = grammars.from_regex(self.regex, field="regex")
         elif isinstance(wanted, JsonSchemaFormat):
             grammar = grammars.from_json_schema(wanted.json_schema.schema_)
         else:
