@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from nanogpt.engine.client import Generation
-from nanogpt.engine.messages import TIMEOUT, Finished, Tokens
-from nanogpt.errors import EngineDied, EngineDraining, NanoGPTError, RequestTimeout
+from nanogpt.engine.messages import GRAMMAR, TIMEOUT, Finished, Tokens
+from nanogpt.errors import EngineDied, EngineDraining, InvalidRequest, NanoGPTError, RequestTimeout
 from nanogpt.sampling_params import TokenLogprobs
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.text import TextStream
@@ -157,6 +157,9 @@ class TextGeneration:
             return piece
         self._ended = True
         if event.reason == "error":
+            if (event.error or "").startswith(GRAMMAR):
+                said = (event.error or "").removeprefix(GRAMMAR)
+                raise InvalidRequest(said, field="response_format")
             raise EngineDied("The engine failed while it worked on this request.", remedy="Send the request again.")
         if event.error == TIMEOUT and not self._text.num_tokens:
             raise RequestTimeout("The server did not come to this request in time.", remedy="Send it again later.")

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import http.server
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 import requests
-from http_support import GUNICORN, Server
+from http_support import BIN, ENDLESS, GUNICORN, Server, wait_for
+from support import ROOT
 
 from nanogpt.web.openai.answers import ChatAnswer, CompletionAnswer
 
@@ -21,6 +25,26 @@ from nanogpt.web.openai.answers import ChatAnswer, CompletionAnswer
 def client(server: Server) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         yield client
+
+
+KEY = "k"
+
+
+@pytest.fixture(scope="module")
+def endless(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a GPT-2 with a key, whose texts go on until somebody ends them."""
+    environment = {
+        **ENDLESS,
+        "API_KEY": KEY,
+        "NANOGPT_MAX_TOKENS_PER_REQUEST": "10000000",
+        "MODEL_CHECKPOINT": str(shared / "checkpoints" / "02_nanogpt_bpe"),
+    }
+    server = Server([str(BIN / "gunicorn"), *GUNICORN[1:]], tmp_path_factory.mktemp("endless"), environment, ROOT)
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.end()
 
 
 def complete(client: openai.OpenAI, **fields: Any) -> Any:
@@ -88,21 +112,18 @@ def test_token_ids_are_the_text_that_they_stand_for(client: openai.OpenAI, serve
     assert answer.json() == {"prompt": "KING\n"}
 
 
-def test_all_texts_of_a_request_are_computed_together(client: openai.OpenAI, server: Server) -> None:
-    """A list is one batched call: the engine's steps are those of one text, not of sixteen."""
-    with server.engine() as engine:
-
-        def settled() -> int:
-            # The counters come a quarter of a second late: a second look that shows no change is the last word.
-            last = -1
-            while (steps := engine.state().stats["num_steps"]) != last or engine.state().num_running:
-                last = steps
-                threading.Event().wait(0.6)
-            return steps
-
-        before = settled()
-        complete(client, prompt=["ROMEO:"] * 8, n=2, max_tokens=40)
-        assert settled() - before < 3 * 40
+def test_all_texts_of_a_request_are_computed_together(endless: Server) -> None:
+    """A list is one batched call: all sixteen are in the engine at once, and leave it at once with their client."""
+    with endless.engine() as engine, openai.OpenAI(base_url=f"{endless.url}/v1", api_key=KEY) as client:
+        stream = complete(client, prompt=["ROMEO:"] * 8, n=2, max_tokens=500_000, stream=True)
+        seen: set[int] = set()
+        for chunk in stream:
+            seen.add(chunk.choices[0].index)
+            if len(seen) == 16:
+                break
+        wait_for(lambda: engine.state().num_running == 16, 30, "all texts run")
+        stream.close()
+        wait_for(lambda: engine.state().num_running == 0, 30, "nobody waits for them any more")
 
 
 def test_stop_bias_and_penalties_reach_the_sampler(client: openai.OpenAI, server: Server) -> None:
@@ -239,6 +260,36 @@ def test_a_streamed_chat(client: openai.OpenAI) -> None:
         assert stream.current_completion_snapshot.choices[0].message.content == texts[0]
 
 
+def test_json_that_follows_a_schema(endless: Server) -> None:
+    """From a model that has never seen JSON, at the highest temperature, as the client's own ``parse`` asks for it."""
+
+    class Person(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(extra="forbid")
+        name: Literal["ROMEO", "JULIET"]
+        old: bool
+
+    messages: Any = [{"role": "user", "content": "Who are you?"}]
+    with openai.OpenAI(base_url=f"{endless.url}/v1", api_key=KEY) as client:
+        answer = client.chat.completions.parse(
+            model="default", messages=messages, response_format=Person, n=3, seed=1, temperature=2, max_tokens=200
+        )
+        fields: Any = {"messages": messages, "max_tokens": 200, "response_format": {"type": "json_object"}}
+        objects = client.chat.completions.create(model="default", **fields, seed=1).choices
+    for choice in answer.choices:
+        assert choice.message.parsed is not None
+        assert choice.message.parsed.name in ("ROMEO", "JULIET")
+        assert choice.finish_reason == "stop"
+    assert objects[0].finish_reason == "length" or isinstance(json.loads(objects[0].message.content or ""), dict)
+
+
+def test_a_text_that_follows_a_regular_expression(client: openai.OpenAI) -> None:
+    ours = {"regex": "(yes|no), my (lord|lady)"}
+    (choice,) = complete(client, extra_body=ours, temperature=2, max_tokens=60).choices
+    assert re.fullmatch(ours["regex"], choice.text)
+    streamed = complete(client, extra_body=ours, temperature=2, max_tokens=60, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == choice.text
+
+
 def test_the_asynchronous_client(server: Server) -> None:
     async def ask() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
@@ -270,6 +321,9 @@ def test_the_asynchronous_client(server: Server) -> None:
         (complete, {"prompt": "§"}, openai.BadRequestError, "unknown_character", None),
         (complete, {"prompt": [1, 99999]}, openai.BadRequestError, "invalid_request", "prompt"),
         (complete, {"prompt": ["a"] * 200}, openai.BadRequestError, "invalid_request", "prompt"),
+        (complete, {"extra_body": {"regex": "("}}, openai.BadRequestError, "invalid_request", "regex"),
+        (chat, {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "x"}}}},
+         openai.BadRequestError, "invalid_request", "response_format"),
         (complete, {"suffix": "x"}, openai.BadRequestError, "invalid_request", "suffix"),
         (chat, {"messages": []}, openai.BadRequestError, "invalid_request", "messages"),
         (chat, {"tools": []}, openai.BadRequestError, "invalid_request", "tools"),
@@ -294,19 +348,18 @@ def test_a_refusal_is_the_clients_own_error(
     assert caught.value.request_id
 
 
-def test_routes_methods_and_keys_are_refused_in_the_same_form(start: Callable[..., Server]) -> None:
-    server = start(*GUNICORN, API_KEY="k")
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as client:
+def test_routes_methods_and_keys_are_refused_in_the_same_form(endless: Server) -> None:
+    with openai.OpenAI(base_url=f"{endless.url}/v1", api_key="wrong", max_retries=0) as client:
         with pytest.raises(openai.AuthenticationError) as caught:
             client.models.list()
         assert caught.value.code == "invalid_api_key"
         with pytest.raises(openai.NotFoundError) as missing:
-            client.with_options(api_key="k").embeddings.create(model="default", input="a")
+            client.with_options(api_key=KEY).embeddings.create(model="default", input="a")
         assert missing.value.code == "not_found"
-        assert client.with_options(api_key="k").models.list().data
-        answer = requests.get(f"{server.url}/v1/completions", headers={"X-API-Key": "k"}, timeout=30)
+        assert client.with_options(api_key=KEY).models.list().data
+        answer = requests.get(f"{endless.url}/v1/completions", headers={"X-API-Key": KEY}, timeout=30)
         assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
-        answer = requests.post(f"{server.url}/v1/completions", "{", headers={"X-API-Key": "k"}, timeout=30)
+        answer = requests.post(f"{endless.url}/v1/completions", "{", headers={"X-API-Key": KEY}, timeout=30)
         assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type")
 
 
