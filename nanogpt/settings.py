@@ -123,7 +123,7 @@ class Settings:
     )
     max_tokens_per_request: int = _setting(
         131_072,
-        "Prompt and new tokens that one request of /v1 may ask for, over all its texts.",
+        "Prompt and new tokens that one request of /v1 may ask for, over all its texts; with logprobs those count too.",
         env="NANOGPT_MAX_TOKENS_PER_REQUEST",
         low=1,
         high=10_000_000,

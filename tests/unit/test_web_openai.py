@@ -143,6 +143,10 @@ def test_one_request_cannot_take_the_whole_server() -> None:
     assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 80}).status_code == 200
     error = refusal(http.post("/v1/completions", json={"prompt": "a", "max_tokens": 80, "n": 2}))
     assert "162 tokens" in error["message"]
+    few = {"prompt": "a", "max_tokens": 40}
+    assert http.post("/v1/completions", json={**few, "logprobs": 1}).status_code == 200
+    error = refusal(http.post("/v1/completions", json={**few, "logprobs": 2}))
+    assert "121 tokens" in error["message"], "an answer's size is that of its log probabilities"
     http = make_app(max_batch_size=2, max_queue=1).test_client()
     error = refusal(http.post("/v1/completions", json={"prompt": "a", "n": 4}))
     assert "admits 3" in error["message"], "more would be told to try again for ever"

@@ -129,11 +129,13 @@ def check_size(job: Job, settings: Settings, field: str) -> None:
             remedy="Send several requests, or raise NANOGPT_MAX_SEQUENCES_PER_REQUEST.",
         )
     new = [min(job.params.max_tokens, room_for(prompt, job.model, settings, field)) for prompt in job.prompts]
-    num_tokens = job.candidates * (sum(map(len, job.prompts)) + sum(new))
+    # A token that is reported with k others is as much of an answer as 1 + k tokens.
+    reported = 1 + (job.params.logprobs or 0), 1 + (job.params.prompt_logprobs or 0)
+    num_tokens = job.candidates * (sum(new) * reported[0] + sum(map(len, job.prompts)) * reported[1])
     if num_tokens > settings.max_tokens_per_request:
+        told = "prompts, new ones and those of logprobs" if max(reported) > 1 else "prompts and new ones"
         raise InvalidRequest(
-            f"The request asks for {num_tokens} tokens, prompts and new ones; this server admits "
-            f"{settings.max_tokens_per_request}.",
+            f"The request asks for {num_tokens} tokens, {told}; this server admits {settings.max_tokens_per_request}.",
             field=field,
             remedy="Ask for less, or raise NANOGPT_MAX_TOKENS_PER_REQUEST.",
         )
