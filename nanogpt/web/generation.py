@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from nanogpt.engine.client import Generation
-from nanogpt.engine.messages import TIMEOUT, Finished, Tokens
-from nanogpt.errors import EngineDied, EngineDraining, NanoGPTError, RequestTimeout
+from nanogpt.engine.messages import GRAMMAR, TIMEOUT, Finished, Tokens
+from nanogpt.errors import EngineDied, EngineDraining, InvalidRequest, NanoGPTError, RequestTimeout
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.text import TextStream
 from nanogpt.web import process
@@ -122,6 +122,8 @@ class TextGeneration:
             self._first_token_at = self._first_token_at or now
             return self._text.push(event.token_ids)
         self._ended = True
+        if event.reason == "error" and (event.error or "").startswith(GRAMMAR):
+            raise InvalidRequest(f"The text cannot go on by its {event.error}", field="response_format")
         if event.reason == "error":
             raise EngineDied("The engine failed while it worked on this request.", remedy="Send the request again.")
         if event.error == TIMEOUT and not self._text.num_tokens:
