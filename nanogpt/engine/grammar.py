@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # What nanogpt.grammars makes is shorter. A regular expression's escapes are doubled in JSON.
 _MAX_BYTES = 4 * grammars.MAX_GRAMMAR_BYTES
 _NUM_COMPILED = 32
-_MAX_FORCED = 256
+_MAX_FORCED = 1024
 
 
 class Grammars:
@@ -121,11 +121,14 @@ class GrammarState:
 def _text_mask(compiled: _Compiled, matcher: LLMatcher) -> UInt32 | None:
     """The tokens that go on with the text; None when there are none and it may end. Raises: InvalidRequest."""
     tokens = compiled.tokens
-    tokens.is_stuck = False
+    # Forced text that the vocabulary cannot write, llguidance takes as written.
+    forced = matcher.compute_ff_bytes()
+    if forced and not tokens.can_begin(forced):
+        raise _error(matcher, "no token of this model's vocabulary goes on with the text")
     mask = np.frombuffer(matcher.compute_bitmask(), np.uint32)[: compiled.num_words].copy()
     if tokens.eos_token_id // 32 < len(mask):
         mask[tokens.eos_token_id // 32] &= ~np.uint32(1 << tokens.eos_token_id % 32)
-    if mask.any() and not tokens.is_stuck:
+    if mask.any():
         return mask
     if matcher.is_accepting():
         return None
@@ -142,8 +145,6 @@ def _error(matcher: LLMatcher, otherwise: str) -> InvalidRequest:
 class _Tokens:
     """A tokenizer as llguidance takes one in. Called with text that the grammar forces, to make tokens of it as the
     model knows them.
-
-    ``is_stuck``: the vocabulary could not even begin the last one. llguidance would go on as if it were written.
     """
 
     is_tokenizer_wrapper = True
@@ -152,8 +153,6 @@ class _Tokens:
     def __init__(self, tokenizer: Tokenizer, num_tokens: int) -> None:
         self._tokenizer = tokenizer
         self._num_tokens = num_tokens
-        self._id_of: dict[bytes, int] = {}
-        self.is_stuck = False
         self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(num_tokens)]
         eos = tokenizer.eos_token_id
         if eos is None or eos >= num_tokens:
@@ -163,28 +162,31 @@ class _Tokens:
         self.eos_token_id = eos
         self.tokens[eos] = b"<|end|>"
         self.special_token_ids = [eos]
+        self._id_of = {token: i for i, token in enumerate(self.tokens) if token and i != eos}
+        self._longest = max(map(len, self._id_of), default=0)
 
     def __call__(self, text: str) -> list[int]:
-        # A mask needs the first token only; a forced text may be long.
+        # A mask needs the next token only; a forced text may be long.
         text = text[:_MAX_FORCED]
         try:
             ids = self._tokenizer.encode(text)
         except InvalidRequest:
             ids = []
-        if not ids or max(ids) >= self._num_tokens:
-            ids = self._longest_first(text.encode("utf-8"))
-        self.is_stuck = not ids
-        return ids
+        if ids and max(ids) < self._num_tokens:
+            return ids
+        return self._longest_first(text.encode("utf-8"))
+
+    def can_begin(self, forced: bytes) -> bool:
+        """Whether any token begins this text, or goes beyond it."""
+        sizes = range(1, min(self._longest, len(forced)) + 1)
+        return any(forced[:n] in self._id_of for n in sizes) or any(token.startswith(forced) for token in self._id_of)
 
     def _longest_first(self, text: bytes) -> list[int]:
         """As much of a text as this vocabulary can write, which its tokenizer cannot encode as a whole."""
-        if not self._id_of:
-            self._id_of = {token: i for i, token in enumerate(self.tokens) if token and i != self.eos_token_id}
-        longest = max(map(len, self._id_of), default=0)
         ids: list[int] = []
         at = 0
         while at < len(text):
-            sizes = range(min(longest, len(text) - at), 0, -1)
+            sizes = range(min(self._longest, len(text) - at), 0, -1)
             size = next((n for n in sizes if text[at : at + n] in self._id_of), 0)
             if not size:
                 break
