@@ -336,7 +336,7 @@ def test_a_text_follows_its_grammar_and_says_so_when_it_cannot(llm: LLM) -> None
     assert free.text == llm.generate("\n", SAMPLED)[0].text
     with pytest.raises(InvalidRequest, match="no token of this model's vocabulary"):
         llm.generate("\n", SamplingParams(grammar=grammars.any_json_object()))
-    with pytest.raises(InvalidRequest, match="by its grammar: .* goes on with the text"):
+    with pytest.raises(InvalidRequest, match=r"by its grammar: .* goes on with the text"):
         llm.generate("\n", SamplingParams(grammar=grammars.from_regex("ab{3}[{]")))
 
 
