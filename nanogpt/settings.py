@@ -158,7 +158,8 @@ class Settings:
     )
     max_queue: int = _setting(
         512,
-        "Requests that may wait; one more is answered 503 with Retry-After.",
+        "Requests that may wait; one more is answered 503 with Retry-After. "
+        "A client with more than half of them cannot take the last eighth.",
         env="NANOGPT_MAX_QUEUE",
         low=0,
         high=1_000_000,

@@ -15,13 +15,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nanogpt import grammars
-from nanogpt.errors import InvalidRequest, UnknownCharacter
+from nanogpt.errors import InvalidRequest
 from nanogpt.runner.base import UInt32
 from nanogpt.tokenizer.base import Tokenizer
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 # What nanogpt.grammars makes is shorter. A regular expression's escapes are doubled in JSON.
 _MAX_BYTES = 4 * grammars.MAX_GRAMMAR_BYTES
 _NUM_COMPILED = 32
-_MAX_FORCED = 256
+_MAX_FORCED = 1024
 
 
 class Grammars:
@@ -40,7 +39,7 @@ class Grammars:
     def __init__(self, tokenizer: Callable[[], Tokenizer], num_tokens: int) -> None:
         self._load_tokenizer = tokenizer
         self._num_tokens = num_tokens
-        self._vocabulary: tuple[LLTokenizer, int] | None = None
+        self._vocabulary: tuple[LLTokenizer, _Tokens] | None = None
         self._compiled: OrderedDict[str, _Compiled] = OrderedDict()
 
     def start(self, grammar: str, stop_ids: Iterable[int]) -> GrammarState:
@@ -57,18 +56,19 @@ class Grammars:
         return GrammarState(compiled, [i for i in stop_ids if 0 <= i < self._num_tokens])
 
     def _compile(self, grammar: str) -> _Compiled:
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLTokenizer
 
         if len(grammar.encode("utf-8", errors="replace")) > _MAX_BYTES:
             raise InvalidRequest(f"The grammar is longer than {_MAX_BYTES} bytes.", field="grammar")
         if self._vocabulary is None:
-            self._vocabulary = _vocabulary(self._load_tokenizer(), self._num_tokens)
-        vocabulary, end_id = self._vocabulary
+            tokens = _Tokens(self._load_tokenizer(), self._num_tokens)
+            self._vocabulary = LLTokenizer(tokens), tokens  # type: ignore[arg-type]  # its attributes are what counts
+        vocabulary, tokens = self._vocabulary
         matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=grammars.limits())
         if matcher.is_error():
             error = grammars.reason(matcher.get_error())
             raise InvalidRequest(f"The grammar cannot be followed: {error}", field="grammar")
-        compiled = _Compiled(matcher, end_id, (self._num_tokens + 31) // 32)
+        compiled = _Compiled(matcher, tokens, (self._num_tokens + 31) // 32)
         if _text_mask(compiled, matcher) is None:
             raise InvalidRequest("The grammar allows no text but the empty one.", field="grammar")
         return compiled
@@ -76,10 +76,10 @@ class Grammars:
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
-    """A grammar before its first token: never advanced, only copied. ``end_id`` is llguidance's end of text."""
+    """A grammar before its first token: never advanced, only copied."""
 
     matcher: LLMatcher
-    end_id: int
+    tokens: _Tokens
     num_words: int
 
 
@@ -120,9 +120,14 @@ class GrammarState:
 
 def _text_mask(compiled: _Compiled, matcher: LLMatcher) -> UInt32 | None:
     """The tokens that go on with the text; None when there are none and it may end. Raises: InvalidRequest."""
+    tokens = compiled.tokens
+    # Forced text that the vocabulary cannot write, llguidance takes as written.
+    forced = matcher.compute_ff_bytes()
+    if forced and not tokens.can_begin(forced):
+        raise _error(matcher, "no token of this model's vocabulary goes on with the text")
     mask = np.frombuffer(matcher.compute_bitmask(), np.uint32)[: compiled.num_words].copy()
-    if compiled.end_id // 32 < len(mask):
-        mask[compiled.end_id // 32] &= ~np.uint32(1 << compiled.end_id % 32)
+    if tokens.eos_token_id // 32 < len(mask):
+        mask[tokens.eos_token_id // 32] &= ~np.uint32(1 << tokens.eos_token_id % 32)
     if mask.any():
         return mask
     if matcher.is_accepting():
@@ -131,14 +136,15 @@ def _text_mask(compiled: _Compiled, matcher: LLMatcher) -> UInt32 | None:
 
 
 def _error(matcher: LLMatcher, otherwise: str) -> InvalidRequest:
-    # A dead end is no error of the matcher's, but it stops there with this reason.
-    error = "" if matcher.stop_reason() == "NoExtensionBias" else grammars.reason(matcher.get_error())
-    return InvalidRequest(f"The grammar cannot be followed: {error or otherwise}", field="grammar")
+    error = matcher.get_error()
+    # A dead end is no error, but the matcher calls it one.
+    known = "" if error.startswith("NoExtension") else grammars.reason(error)
+    return InvalidRequest(f"The grammar cannot be followed: {known or otherwise}", field="grammar")
 
 
 class _Tokens:
     """A tokenizer as llguidance takes one in. Called with text that the grammar forces, to make tokens of it as the
-    model knows them; what cannot be encoded is left out, and is a dead end then.
+    model knows them.
     """
 
     is_tokenizer_wrapper = True
@@ -156,28 +162,34 @@ class _Tokens:
         self.eos_token_id = eos
         self.tokens[eos] = b"<|end|>"
         self.special_token_ids = [eos]
+        self._id_of = {token: i for i, token in enumerate(self.tokens) if token and i != eos}
+        self._longest = max(map(len, self._id_of), default=0)
 
     def __call__(self, text: str) -> list[int]:
-        # A mask needs the first token only; a forced text may be long.
+        # A mask needs the next token only; a forced text may be long.
         text = text[:_MAX_FORCED]
         try:
             ids = self._tokenizer.encode(text)
-        except UnknownCharacter:
-            ids = self._tokenizer.encode("".join(takewhile(self._knows, text)))
         except InvalidRequest:
             ids = []
-        return list(takewhile(lambda token_id: token_id < self._num_tokens, ids))
+        if ids and max(ids) < self._num_tokens:
+            return ids
+        return self._longest_first(text.encode("utf-8"))
 
-    def _knows(self, character: str) -> bool:
-        try:
-            return bool(self._tokenizer.encode(character))
-        except UnknownCharacter:
-            return False
+    def can_begin(self, forced: bytes) -> bool:
+        """Whether any token begins this text, or goes beyond it."""
+        sizes = range(1, min(self._longest, len(forced)) + 1)
+        return any(forced[:n] in self._id_of for n in sizes) or any(token.startswith(forced) for token in self._id_of)
 
-
-def _vocabulary(tokenizer: Tokenizer, num_tokens: int) -> tuple[LLTokenizer, int]:
-    """The tokenizer in llguidance's form, and its end of text."""
-    from llguidance import LLTokenizer
-
-    tokens = _Tokens(tokenizer, num_tokens)
-    return LLTokenizer(tokens), tokens.eos_token_id  # type: ignore[arg-type]  # what counts is its attributes
+    def _longest_first(self, text: bytes) -> list[int]:
+        """As much of a text as this vocabulary can write, which its tokenizer cannot encode as a whole."""
+        ids: list[int] = []
+        at = 0
+        while at < len(text):
+            sizes = range(min(self._longest, len(text) - at), 0, -1)
+            size = next((n for n in sizes if text[at : at + n] in self._id_of), 0)
+            if not size:
+                break
+            ids.append(self._id_of[text[at : at + size]])
+            at += size
+        return ids

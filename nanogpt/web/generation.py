@@ -156,10 +156,9 @@ class TextGeneration:
                 self.logprobs += event.logprobs[:num_new]
             return piece
         self._ended = True
+        if event.reason == "error" and (event.error or "").startswith(GRAMMAR):
+            raise InvalidRequest(f"The text cannot go on by its {event.error}", field="response_format")
         if event.reason == "error":
-            if (event.error or "").startswith(GRAMMAR):
-                said = (event.error or "").removeprefix(GRAMMAR)
-                raise InvalidRequest(said, field="response_format")
             raise EngineDied("The engine failed while it worked on this request.", remedy="Send the request again.")
         if event.error == TIMEOUT and not self._text.num_tokens:
             raise RequestTimeout("The server did not come to this request in time.", remedy="Send it again later.")
