@@ -111,6 +111,12 @@ class UnknownCharacter(InvalidRequest):
     code = "unknown_character"
 
 
+class ContextLengthExceeded(InvalidRequest):
+    """The prompt or the conversation is longer than the model's context."""
+
+    code = "context_length_exceeded"
+
+
 class Unauthorized(NanoGPTError):
     status = 401
     code = "invalid_api_key"
@@ -119,6 +125,12 @@ class Unauthorized(NanoGPTError):
 class NotFound(NanoGPTError):
     status = 404
     code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """A request names another model than the one that is served."""
+
+    code = "model_not_found"
 
 
 class MethodNotAllowed(NanoGPTError):
@@ -141,6 +153,12 @@ class TooManyRequests(NanoGPTError):
 
     status = 429
     code = "rate_limited"
+
+
+class ConcurrencyLimit(TooManyRequests):
+    """This client has as many requests under way as it may have at once."""
+
+    code = "concurrency_limit"
 
 
 # -- the engine -----------------------------------------------------------------------------------------------

@@ -20,11 +20,13 @@ import numpy.typing as npt
 
 from nanogpt.checkpoint import card, load_checkpoint
 from nanogpt.engine.core import Engine
-from nanogpt.engine.messages import Finished, FinishReason, GenerateRequest, Tokens
-from nanogpt.errors import InvalidRequest, NanoGPTError, UnknownCharacter
+from nanogpt.engine.grammar import Grammars
+from nanogpt.engine.messages import GRAMMAR, Finished, FinishReason, GenerateRequest, Tokens
+from nanogpt.errors import InvalidRequest, NanoGPTError
 from nanogpt.runner import create_runner
 from nanogpt.sampling_params import SamplingParams, TokenLogprobs
 from nanogpt.settings import Settings
+from nanogpt.tokenizer.base import empty_prompt
 from nanogpt.tokenizer.text import TextStream
 
 if TYPE_CHECKING:
@@ -119,6 +121,7 @@ class LLM:
             "precision": self._runner.precision,
             "runner": self._runner.name,
         }
+        self._grammars = Grammars(lambda: self.tokenizer, self.config.num_tokens)
         self._lock = threading.Lock()
         self._open: dict[int, _Request] = {}
         self._engine: Engine | None = self._new_engine()
@@ -131,6 +134,7 @@ class LLM:
             max_queue=_NO_LIMIT,
             context_overflow=self._settings.context_overflow,
             eos_token_id=self.tokenizer.eos_token_id,
+            grammars=self._grammars,
         )
 
     # -- texts -------------------------------------------------------------------------------------------------
@@ -248,21 +252,10 @@ class LLM:
         if not isinstance(params, SamplingParams):
             raise InvalidRequest(f"params must be SamplingParams, not {type(params).__name__}.", field="params")
         text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
-        token_ids = (self.tokenizer.encode(prompt) or self._start()) if isinstance(prompt, str) else list(prompt)
+        token_ids = (
+            (self.tokenizer.encode(prompt) or empty_prompt(self.tokenizer)) if isinstance(prompt, str) else list(prompt)
+        )
         return _Request(text, token_ids, params, TextStream(self.tokenizer, params.stop))
-
-    def _start(self) -> list[int]:
-        """What an empty prompt stands for: a GPT continues at least one token."""
-        if self.tokenizer.eos_token_id is not None:
-            return [self.tokenizer.eos_token_id]
-        try:
-            return self.tokenizer.encode("\n")
-        except UnknownCharacter:
-            raise InvalidRequest(
-                "The prompt is empty, and this model has neither an end-of-text token nor a line break to start from.",
-                remedy="Begin with a character of the model's vocabulary.",
-                field="prompt",
-            ) from None
 
     def _running(self) -> Engine:
         if self._engine is None:
@@ -349,6 +342,8 @@ class _Request:
     def completion(self) -> Completion:
         """Raises: NanoGPTError when the engine could not compute it."""
         assert self._end is not None
+        if self._end.reason == "error" and (self._end.error or "").startswith(GRAMMAR):
+            raise InvalidRequest(f"The text cannot go on by its {self._end.error}", field="grammar")
         if self._end.reason == "error":
             raise NanoGPTError(f"The model could not compute the request: {self._end.error}")
         return Completion(

@@ -22,8 +22,8 @@ class SamplingParams:
     ids less probable than min_p times the most probable one. seed: None draws a fresh one.
     stop: texts that end the output (they are not part of it). stop_token_ids: ids that end it.
     ignore_eos: go on after the end-of-text id. logprobs: how many alternatives a token is reported with (None:
-    no log probabilities). prompt_logprobs: the same for the prompt's tokens. grammar: a grammar (JSON, as llguidance
-    writes it) that the output follows.
+    no log probabilities). prompt_logprobs: the same for the prompt's tokens. grammar: what the output follows, as
+    ``nanogpt.grammars`` writes it; of the ids, after bias and penalties, only those are candidates that it allows.
     """
 
     max_tokens: int = 100
@@ -72,6 +72,8 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         if not all(type(token_id) is int for token_id in self.stop_token_ids):
             raise InvalidRequest("stop_token_ids must be a list of integers.", field="stop_token_ids")
+        if self.grammar is not None and (not isinstance(self.grammar, str) or not self.grammar):
+            raise InvalidRequest("grammar must be a text that nanogpt.grammars has made, or None.", field="grammar")
 
     @property
     def greedy(self) -> bool:

@@ -114,6 +114,20 @@ class Settings:
     max_new_tokens: int = _setting(
         500, "Largest max_length of /generate, in tokens.", env="NANOGPT_MAX_NEW_TOKENS", low=1, high=10_000_000
     )
+    max_sequences_per_request: int = _setting(
+        128,
+        "Texts that one request of /v1 may ask for: its prompts times n (or best_of).",
+        env="NANOGPT_MAX_SEQUENCES_PER_REQUEST",
+        low=1,
+        high=4096,
+    )
+    max_tokens_per_request: int = _setting(
+        131_072,
+        "Prompt and new tokens that one request of /v1 may ask for, over all its texts; with logprobs those count too.",
+        env="NANOGPT_MAX_TOKENS_PER_REQUEST",
+        low=1,
+        high=10_000_000,
+    )
     request_timeout_s: float = _setting(
         300.0,
         "A request that is not finished after this long ends with what it has.",
@@ -144,7 +158,8 @@ class Settings:
     )
     max_queue: int = _setting(
         512,
-        "Requests that may wait; one more is answered 503 with Retry-After.",
+        "Requests that may wait; one more is answered 503 with Retry-After. "
+        "A client with more than half of them cannot take the last eighth.",
         env="NANOGPT_MAX_QUEUE",
         low=0,
         high=1_000_000,

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from nanogpt.model.config import GPTConfig
-from nanogpt.runner.base import Batch, Float32, Int32, StepOutput
+from nanogpt.runner.base import Batch, Float32, Int32, SamplingState, StepOutput
 from nanogpt.sampling_params import TokenLogprobs
 
 _MASK = (1 << 64) - 1
@@ -139,16 +140,25 @@ class FakeRunner:
         if state is None:
             return []
         new: list[int] = []
-        for i in range(1 + self.num_guesses):
+        for i in range(1 + (self.num_guesses if state.mask is None else 0)):
             if i:
                 if len(kept) == self.config.block_size:
                     break
                 _layers(new[-1:], kept, len(kept))
             index = len(state.output_token_ids) + i
-            new.append(_sample(kept, state.seed, index, self.config.num_tokens))
+            ids = self._allowed(state)
+            new.append(int(ids[_sample(kept, state.seed, index, len(ids))]))
         if state.params.logprobs is not None:
             output.logprobs[b] = [TokenLogprobs(-float(t), 1, [(t, -float(t))] * state.params.logprobs) for t in new]
         return new
+
+    def _allowed(self, state: SamplingState) -> Sequence[int] | npt.NDArray[np.int64]:
+        if state.mask is None:
+            return range(self.config.num_tokens)
+        check(state.mask.dtype == np.uint32 and state.mask.flags.c_contiguous, "a mask that is none")
+        bits = np.unpackbits(state.mask.view(np.uint8), bitorder="little")[: self.config.num_tokens]
+        check(bits.any(), "a mask that allows nothing")
+        return np.flatnonzero(bits)
 
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         check(source != target, "a copy on itself")

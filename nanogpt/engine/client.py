@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 from nanogpt.engine import wire
 from nanogpt.engine.launch import connect, ensure_supervisor, reap
@@ -52,16 +52,22 @@ _NO_SUPERVISOR = {
 }
 
 
+Events: TypeAlias = "SimpleQueue[Tokens | Finished | NanoGPTError | None]"
+"""What has come for one request and was not taken yet. None: it was accepted."""
+
+
 class Generation:
     """One accepted request. Used by one thread; ``abort`` by any."""
 
-    def __init__(self, client: EngineClient, engine: socket.socket, number: int, timeout_s: float) -> None:
+    def __init__(
+        self, client: EngineClient, engine: socket.socket, number: int, timeout_s: float, events: Events | None = None
+    ) -> None:
         self._client = client
         self._engine = engine
         self._number = number
         self._deadline = time.monotonic() + timeout_s + _DEADLINE_GRACE_S
         self._ended = False
-        self.events: SimpleQueue[Tokens | Finished | NanoGPTError | None] = SimpleQueue()
+        self.events: Events = SimpleQueue() if events is None else events
 
     def get(self, timeout: float | None = None) -> Tokens | Finished | None:
         """The next event, or None when there is none after ``timeout`` seconds (None: the request's own deadline),
@@ -85,6 +91,10 @@ class Generation:
         if isinstance(event, Finished):
             self._ended = True
         return event
+
+    def wait_accepted(self) -> None:
+        """Needed once after ``send``. Raises: what the engine refuses the request with."""
+        self.get()
 
     def __iter__(self) -> Iterator[Tokens | Finished]:
         while not self._ended:
@@ -160,6 +170,17 @@ class EngineClient:
         Raises: InvalidRequest, QueueFull, EngineLoading, EngineDraining, EngineUnhealthy or EngineDied, before
         anything was generated.
         """
+        generation = self.send(request)
+        # The engine's answer comes before its next step; None stands for "accepted".
+        generation.wait_accepted()
+        return generation
+
+    def send(self, request: GenerateRequest, events: Events | None = None) -> Generation:
+        """The first half of ``submit``, for who has several requests: send them all, then ``wait_accepted`` of each.
+        ``events`` is where the news of this request goes.
+
+        Raises: EngineLoading, EngineDraining, EngineUnhealthy.
+        """
         until = time.monotonic() + self._settings.engine_wait_s
         generation = None
         while generation is None:
@@ -168,11 +189,9 @@ class EngineClient:
                 raise refusal(status)
             with self._changed:
                 if self._engine is not None:  # else it has died in this very moment
-                    generation = Generation(self, self._engine, next(self._numbers), request.timeout_s)
+                    generation = Generation(self, self._engine, next(self._numbers), request.timeout_s, events)
                     self._pending[generation._number] = generation
         self._send(generation._engine, wire.submit_message(generation._number, request))
-        # The engine's answer comes before its next step; None stands for "accepted".
-        generation.get()
         return generation
 
     def close(self) -> None:

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanogpt.engine.grammar import Grammars, GrammarState
 from nanogpt.engine.messages import TIMEOUT, GenerateRequest
 from nanogpt.engine.scheduler import Plan, Scheduler
 from nanogpt.engine.sequence import Sequence, Sink
 from nanogpt.engine.slots import Slots
-from nanogpt.errors import EngineDied, EngineDraining, InvalidRequest, QueueFull
+from nanogpt.errors import ConcurrencyLimit, EngineDied, EngineDraining, InvalidRequest, QueueFull
 from nanogpt.runner.base import Int32, Runner, SamplingState
 
 logger = logging.getLogger("nanogpt.engine")
@@ -46,6 +47,7 @@ class Engine:
 
     ``context_overflow``: ``stop`` ends a text at the model's context (finish_reason ``length``) and refuses a prompt
     that is longer; ``crop`` drops tokens on the left as nanoGPT does. ``eos_token_id`` is the tokenizer's end of text.
+    Without ``grammars`` a request that has one is refused.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Engine:
         prefix_cache: bool = True,
         context_overflow: str = "stop",
         eos_token_id: int | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self.draining = False
         self._runner = runner
@@ -65,6 +68,7 @@ class Engine:
         self._max_queue = max_queue
         self._crop = context_overflow == "crop"
         self._eos = frozenset() if eos_token_id is None else frozenset((eos_token_id,))
+        self._grammars = grammars
         self._scheduler = Scheduler(
             Slots(runner.num_slots, runner.config.block_size, prefix_cache=prefix_cache),
             max_batch_size=max_batch_size,
@@ -81,17 +85,12 @@ class Engine:
     def submit(self, request: GenerateRequest, sink: Sink) -> int:
         """Accept a request; its events go to ``sink``, the last one a Finished. Returns the handle for ``abort``.
 
-        Raises: InvalidRequest, QueueFull or EngineDraining; then the sink is never called.
+        Raises: InvalidRequest, QueueFull, ConcurrencyLimit or EngineDraining; then the sink is never called.
         """
         if self.draining:
             raise EngineDraining("The server is shutting down.", remedy="Send the request again.")
         scheduler = self._scheduler
-        free = scheduler.max_running - scheduler.num_running
-        if scheduler.num_waiting - free >= self._max_queue:
-            raise QueueFull(
-                f"The server is busy: {scheduler.num_running} requests are running and {scheduler.num_waiting} wait.",
-                remedy="Send the request again later.",
-            )
+        self._check_room(request)
         prompt = self._check(request)
         params = request.params
         size = self._config.block_size
@@ -99,6 +98,8 @@ class Engine:
         # A seed is 64 bits; a fresh one where none was given. Not for secrets.
         seed = random.getrandbits(64) if params.seed is None else params.seed & (2**64 - 1)
         window_start = max(0, len(prompt) - size)
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
+        grammar = None if params.grammar is None else self._grammar(params.grammar, stop_ids)
         sequence = Sequence(
             handle=self._next_handle,
             request=request,
@@ -106,12 +107,13 @@ class Engine:
             state=SamplingState(params, seed, request.prompt_token_ids, []),
             prompt=prompt,
             max_output_tokens=params.max_tokens if self._crop else min(params.max_tokens, size - len(prompt) + 1),
-            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos),
+            stop_ids=stop_ids,
             submitted_at=now,
             deadline=now + request.timeout_s,
             window_start=window_start,
             # Nothing is said of the first token, nor of those before the window.
             prompt_logprobs=None if params.prompt_logprobs is None else [None] * (window_start + 1),
+            grammar=grammar,
         )
         self._next_handle += 1
         scheduler.add(sequence)
@@ -166,6 +168,38 @@ class Engine:
         return self._stats
 
     # -- parts -------------------------------------------------------------------------------------------------
+
+    def _check_room(self, request: GenerateRequest) -> None:
+        """Raises: ConcurrencyLimit when this client, QueueFull when the queue has no place for one more."""
+        scheduler, client = self._scheduler, request.client
+        limit = request.max_concurrency
+        if 0 < limit <= scheduler.num_of(client):
+            raise ConcurrencyLimit(
+                f"You may have {limit} texts under way at once, and have {scheduler.num_of(client)}.",
+                remedy="Wait for one of them to end.",
+                retry_after_s=1.0,
+            )
+        # Who waits for a place that is free will have it in the next step.
+        free = scheduler.max_running - scheduler.num_running
+        num_queued = scheduler.num_waiting - free
+        left = self._max_queue - num_queued
+        if left <= 0:
+            raise QueueFull(
+                f"The server is busy: {scheduler.num_running} requests are running and {scheduler.num_waiting} wait.",
+                remedy="Send the request again later.",
+            )
+        # The last eighth is not for whoever has filled the queue: others always get in.
+        if left <= self._max_queue // 8 and 2 * (scheduler.num_waiting_of(client) - free) > self._max_queue:
+            raise QueueFull(
+                f"The server is busy: {scheduler.num_waiting_of(client)} of your requests wait, and what is left of "
+                f"the queue ({left} of {self._max_queue}) is kept for others.",
+                remedy="Send the request again when some of them have ended.",
+            )
+
+    def _grammar(self, grammar: str, stop_ids: frozenset[int]) -> GrammarState:
+        if self._grammars is None:
+            raise InvalidRequest("This engine was not given a tokenizer: it follows no grammar.", field="grammar")
+        return self._grammars.start(grammar, stop_ids)
 
     def _check(self, request: GenerateRequest) -> Int32:
         """The prompt as an array. Whatever would make a whole step fail is refused here, with its one request.

@@ -11,6 +11,9 @@ from nanogpt.sampling_params import SamplingParams, TokenLogprobs
 TIMEOUT = "timeout"
 """``Finished.error`` of a request that its own deadline ended (reason ``abort``): it ends with what it has."""
 
+GRAMMAR = "grammar: "
+"""How ``Finished.error`` begins when a request's grammar, not the engine, is at fault (reason ``error``)."""
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 EngineState = Literal["loading", "ready", "draining", "unhealthy"]
 

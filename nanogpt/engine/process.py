@@ -21,14 +21,17 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nanogpt import logs
 from nanogpt.engine.core import Engine
+from nanogpt.engine.grammar import Grammars
 from nanogpt.engine.server import EngineServer
 from nanogpt.errors import NanoGPTError
 from nanogpt.runner.base import Runner
 from nanogpt.settings import Settings
+from nanogpt.tokenizer import tokenizer_from_spec
 
 logger = logging.getLogger("nanogpt.engine")
 
@@ -115,6 +118,7 @@ def serve(settings: Settings, model: Model, path: str, status: StatusPipe, since
         prefix_cache=settings.prefix_cache,
         context_overflow=settings.context_overflow,
         eos_token_id=model.eos_token_id,
+        grammars=Grammars(partial(tokenizer_from_spec, model.tokenizer_spec), runner.config.num_tokens),
     )
     hello = {
         "model": model.name,

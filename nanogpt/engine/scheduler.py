@@ -7,7 +7,7 @@ decodes, more while its prompt (or its moved window) is being computed. A step's
 
 1. Every sequence with one token left gets it.
 2. What is left of the budget goes to the sequences with more to compute, first come first served, in chunks.
-3. What is still left admits waiting requests, first come first served, while there is a place among
+3. What is still left admits waiting requests, fairly among clients (``FairQueue``), while there is a place among
    ``max_batch_size`` running ones; each starts with the longest prefix that any slot holds.
 
 A sequence whose context is complete after the step samples a token. No more than ``max_batch_tokens`` sequences run, so
@@ -15,26 +15,34 @@ step 1 always fits, and step 2 always has a token when somebody needs one: a lon
 and those who decode never stall a prompt. A request is admitted only when there are tokens for it, not before: the
 later it looks for a prefix, the more there is to find.
 
+Siblings (n > 1, best_of, one list) come together, when none of them has been computed. When the next request shares
+with a running sequence a beginning that only this step computes, admission pauses until the next step, where that is a
+prefix to copy: n siblings compute their prompt once. Tokens are left in step 3 only when everybody's context will be
+complete after the step, so one pause is enough; a request causes one at most, in a step in which somebody computes, and
+nobody overtakes it. So the order stays, and nobody waits for ever.
+
 At the end of the context (``block_size``) a sequence finishes with ``length``, or, with ``crop``, its window moves on
 by one token each step and is computed again from position 0, as nanoGPT does; it then queues at the end of step 2's
 line.
 
 A stop token (the tokenizer's end of text unless ``ignore_eos``, and ``stop_token_ids``) ends the output and is not part
-of it: it is neither reported nor counted.
+of it: it is neither reported nor counted. A grammar's text ends with ``stop``, too, when nothing can follow it.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
 
-from nanogpt.engine.messages import Finished, FinishReason, Timings, Tokens
+from nanogpt.engine.messages import GRAMMAR, Finished, FinishReason, Timings, Tokens
+from nanogpt.engine.queue import FairQueue
 from nanogpt.engine.sequence import Event, Sequence, Sink
-from nanogpt.engine.slots import Slots
+from nanogpt.engine.slots import Slots, num_common
+from nanogpt.errors import NanoGPTError
 from nanogpt.runner.base import Batch, Int32, PromptLogprobs, StepOutput
 
 
@@ -59,8 +67,9 @@ class Scheduler:
         self.max_running = min(max_batch_size, max_batch_tokens, slots.num_slots)
         self._budget = max_batch_tokens
         self._block_size = block_size
-        # First come first served. Fairness between clients would choose here (``Sequence.request.client``).
-        self._waiting: OrderedDict[int, Sequence] = OrderedDict()
+        # A pause costs a step: it must save a few tokens.
+        self._min_shared_tokens = 16
+        self._queue = FairQueue()
         self._decoding: list[Sequence] = []
         self._filling: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
@@ -70,7 +79,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._queue)
 
     @property
     def num_running(self) -> int:
@@ -78,10 +87,17 @@ class Scheduler:
 
     @property
     def sequences(self) -> Iterable[Sequence]:
-        return chain(self._running.values(), self._waiting.values())
+        return chain(self._running.values(), self._queue)
 
     def add(self, sequence: Sequence) -> None:
-        self._waiting[sequence.handle] = sequence
+        self._queue.add(sequence)
+
+    def num_waiting_of(self, client: str) -> int:
+        return self._queue.num_waiting(client)
+
+    def num_of(self, client: str) -> int:
+        """This client's sequences, running or waiting."""
+        return self._queue.num_running(client) + self._queue.num_waiting(client)
 
     # -- a step ------------------------------------------------------------------------------------------------
 
@@ -98,8 +114,11 @@ class Scheduler:
             sequences.append(sequence)
             chunks.append(min(sequence.num_left, left))
             left -= chunks[-1]
-        while left and self._waiting and len(self._running) < self.max_running:
-            sequence = self._admit(now, copies)
+        while left and self._queue and len(self._running) < self.max_running:
+            sequence = self._queue.first()
+            if self._pauses_for(sequence):
+                break
+            self._admit(sequence, now, copies)
             sequences.append(sequence)
             chunks.append(min(sequence.num_left, left))
             left -= chunks[-1]
@@ -133,12 +152,15 @@ class Scheduler:
                     reason = "length"
             else:
                 new, reason = self._accept(sequence, new)
+            error = None
+            if sequence.grammar is not None and reason != "stop":
+                reason, error = self._follow_grammar(sequence, new, reason)
             if new:
                 self.num_output_tokens += len(new)
                 logprobs = output.logprobs[b][: len(new)] if b in output.logprobs else None
                 self.events.append((sequence.sink, Tokens(new, logprobs)))
             if reason is not None:
-                self._finish(sequence, reason, now)
+                self._finish(sequence, reason, now, error=error)
             elif sequence.num_computed >= self._block_size:
                 self._move_window(sequence)
 
@@ -146,7 +168,7 @@ class Scheduler:
 
     def end(self, handle: int, reason: FinishReason, now: float, *, error: str | None = None) -> None:
         """End a sequence between steps, with what it has. A handle that has already ended is no news."""
-        sequence = self._waiting.get(handle) or self._running.get(handle)
+        sequence = self._queue.get(handle) or self._running.get(handle)
         if sequence is not None:
             self._finish(sequence, reason, now, error=error)
 
@@ -158,8 +180,10 @@ class Scheduler:
                 self._finish(sequence, "error", now, error=error)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, now: float, *, error: str | None = None) -> None:
-        if self._waiting.pop(sequence.handle, None) is None:
-            del self._running[sequence.handle]
+        if self._running.pop(sequence.handle, None) is None:
+            self._queue.remove(sequence)
+        else:
+            self._queue.ended(sequence)
             try:
                 self._decoding.remove(sequence)
             except ValueError:
@@ -184,21 +208,31 @@ class Scheduler:
 
     # -- parts -------------------------------------------------------------------------------------------------
 
-    def _admit(self, now: float, copies: list[tuple[int, int, int]]) -> Sequence:
-        """The next waiting sequence, with a slot. The last token is always computed: its logits are wanted."""
-        _, sequence = self._waiting.popitem(last=False)
-        num_context = len(sequence.prompt) - sequence.window_start
-        reuse = 0 if sequence.prompt_logprobs is not None else num_context - 1
-        grant = self.slots.acquire(sequence.context(0, num_context), reuse)
+    def _pauses_for(self, sequence: Sequence) -> bool:
+        """Whether the next one should be admitted in the next step, when what it shares has been computed."""
+        if sequence.paused or not self._filling or not self.slots.prefix_cache:
+            return False
+        token_ids, reuse = _start(sequence)
+        shared = max(num_common(token_ids[:reuse], _start(other)[0]) for other in self._filling)
+        if shared < self._min_shared_tokens:
+            return False
+        sequence.paused = shared - self.slots.num_reusable(token_ids, reuse) >= self._min_shared_tokens
+        return sequence.paused
+
+    def _admit(self, sequence: Sequence, now: float, copies: list[tuple[int, int, int]]) -> None:
+        """Give a waiting sequence a slot."""
+        grant = self.slots.acquire(*_start(sequence))
         if grant.copy_from is not None:
             copies.append((grant.copy_from, grant.slot, grant.num_cached))
         sequence.slot = grant.slot
         sequence.num_computed = sequence.num_cached = grant.num_cached
         self.num_cached_tokens += grant.num_cached
         sequence.admitted_at = now
+        if sequence.grammar is not None:
+            sequence.state.mask = sequence.grammar.first_mask()
+        self._queue.serve(sequence)
         self._running[sequence.handle] = sequence
         self._filling.append(sequence)
-        return sequence
 
     def _batch(self, sequences: list[Sequence], num_decoding: int, chunks: list[int]) -> Batch:
         starts = np.array([s.num_computed for s in sequences], np.int32)
@@ -258,6 +292,18 @@ class Scheduler:
         sequence.output += kept
         return kept, reason
 
+    def _follow_grammar(
+        self, sequence: Sequence, new: list[int], reason: FinishReason | None
+    ) -> tuple[FinishReason | None, str | None]:
+        """The grammar takes in the sampled tokens and says what may follow. Returns the end, if it is one, and why."""
+        assert sequence.grammar is not None
+        try:
+            sequence.state.mask = sequence.grammar.advance(new)
+        except NanoGPTError as error:
+            return "error", f"{GRAMMAR}{error}"
+        # A text that is complete with the last token that it may have is complete.
+        return ("stop" if sequence.state.mask is None else reason), None
+
     def _move_window(self, sequence: Sequence) -> None:
         """The context is one token too long: drop it on the left. All positions change, so nothing computed holds."""
         sequence.window_start = len(sequence.prompt) + len(sequence.output) - self._block_size
@@ -265,3 +311,10 @@ class Scheduler:
         self.slots.clear(sequence.slot)
         self._decoding.remove(sequence)
         self._filling.append(sequence)
+
+
+def _start(sequence: Sequence) -> tuple[Int32, int]:
+    """What a waiting sequence will compute, and how much of that may be reused: the last token's logits are wanted."""
+    num_context = len(sequence.prompt) - sequence.window_start
+    reuse = 0 if sequence.prompt_logprobs is not None else num_context - 1
+    return sequence.context(0, num_context), reuse

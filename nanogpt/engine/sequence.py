@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nanogpt.engine.messages import Finished, GenerateRequest, Tokens
 from nanogpt.runner.base import Int32, SamplingState
 from nanogpt.sampling_params import TokenLogprobs
+
+if TYPE_CHECKING:
+    from nanogpt.engine.grammar import GrammarState
 
 Event = Tokens | Finished
 Sink = Callable[[Event], None]
@@ -41,6 +45,9 @@ class Sequence:
     admitted_at: float = 0.0
     first_token_at: float = 0.0
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    grammar: GrammarState | None = None
+    paused: bool = False
+    """Admission has paused for it once."""
     output: list[int] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ class Slots:
     def __init__(self, num_slots: int, block_size: int, *, prefix_cache: bool = True, min_copy_tokens: int = 8) -> None:
         # A copy costs one runner call: below so many tokens computing them again is cheaper.
         self._min_copy_tokens = min_copy_tokens
-        self._prefix_cache = prefix_cache
+        self.prefix_cache = prefix_cache
         self.num_slots = num_slots
         self.held = np.zeros((num_slots, block_size), np.int32)
         self.num_held: npt.NDArray[np.int64] = np.zeros(num_slots, np.int64)
@@ -66,10 +66,15 @@ class Slots:
         self.num_held[target] = length
         return Grant(target, length, source)
 
+    def num_reusable(self, token_ids: Int32, max_reuse: int) -> int:
+        """How many tokens ``acquire`` would reuse."""
+        length = self._longest_prefix(token_ids, max_reuse)[1]
+        return length if length >= self._min_copy_tokens else 0
+
     def release(self, slot: int, *, keep: bool) -> None:
         """The sequence has ended: its K and V become a prefix for others, or (not ``keep``) are forgotten."""
         self._running.remove(slot)
-        if keep and self._prefix_cache and self.num_held[slot]:
+        if keep and self.prefix_cache and self.num_held[slot]:
             self._cached[slot] = None
         else:
             self.num_held[slot] = 0
@@ -119,7 +124,7 @@ class Slots:
         Among equals the one that holds nothing else wins: it can be taken over without a copy.
         """
         limit = min(limit, len(token_ids))
-        if not self._prefix_cache or limit <= 0:
+        if not self.prefix_cache or limit <= 0:
             return -1, 0
         candidates = np.flatnonzero((self.held[:, 0] == token_ids[0]) & (self.num_held > 0))
         if not len(candidates):
@@ -131,3 +136,10 @@ class Slots:
         # One integer orders both criteria.
         best = int((lengths * 2 + (lengths == num_held)).argmax())
         return int(candidates[best]), int(lengths[best])
+
+
+def num_common(a: Int32, b: Int32) -> int:
+    """How many leading tokens two texts share."""
+    n = min(len(a), len(b))
+    same = a[:n] == b[:n]
+    return n if same.all() else int(same.argmin())

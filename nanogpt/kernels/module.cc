@@ -16,6 +16,7 @@ namespace {
 
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+using Words = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using ConstBytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -79,6 +80,7 @@ class PyModel {
     draws_.sampling.clear();
     int64_t end = 0;
     std::vector<bool> draws(num_sequences);
+    masks_.clear();
     for (size_t b = 0; b < num_sequences; b++) {
       const int n = num_tokens.data()[b], guesses = drafts_of(b);
       if (n < 1 || guesses < 0 || guesses >= n) throw std::invalid_argument("num_tokens or num_drafts");
@@ -87,6 +89,7 @@ class PyModel {
       const nb::object state = sampling[b];
       if (!(draws[b] = !state.is_none())) continue;
       Sampling first = read_sampling(state);
+      if (first.allowed && guesses) throw std::invalid_argument("a mask is for one draw: num_drafts must be 0");
       for (int i = 0; i <= guesses; i++) {
         draws_.rows.push_back(int32_t(end - 1 - guesses + i));
         draws_.sampling.push_back(first);
@@ -167,10 +170,17 @@ class PyModel {
         s.logit_bias.emplace_back(valid(nb::cast<int64_t>(item[0])), nb::cast<double>(item[1]));
     if (s.repetition_penalty != 1) read_ids(state.attr("prompt_token_ids"), s.prompt);
     if (s.repetition_penalty != 1 || s.presence_penalty != 0 || s.frequency_penalty != 0) read_ids(output, s.output);
+    if (const nb::object mask = state.attr("mask"); !mask.is_none()) {
+      masks_.push_back(nb::cast<Words>(mask));
+      if (masks_.back().size() < size_t(model_->config().num_tokens + 31) / 32)
+        throw std::invalid_argument("mask: a bit for every token");
+      s.allowed = masks_.back().data();
+    }
     return s;
   }
 
   Draws draws_;
+  std::vector<Words> masks_;  // of the batch: keeps their memory alive
   ConstBytes packed_;  // keeps the memory alive
   std::unique_ptr<Model> model_;
 };

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 
 namespace nanogpt {
@@ -52,6 +53,12 @@ void adjust(float* row, int num_tokens, const Sampling& s, std::vector<int32_t>&
       row[ids[i]] = float(double(row[ids[i]]) - (s.presence_penalty + s.frequency_penalty * double(j - i)));
     }
   }
+  for (int word = 0; s.allowed && word * 32 < num_tokens; word++) {
+    const uint32_t allowed = s.allowed[word];
+    if (allowed == 0xffffffff) continue;
+    for (int i = word * 32; i < std::min(num_tokens, word * 32 + 32); i++)
+      if (!(allowed >> (i % 32) & 1)) row[i] = -INFINITY;
+  }
 }
 
 // Places of logits that are `bound` or more, ascending. Only where a lane's maximum reaches it are its logits read.
@@ -75,11 +82,12 @@ void largest(const float* x, int n, int64_t k, SamplerScratch& s) {
     return;
   }
   // The k-th largest maximum of disjoint sets bounds the k-th largest logit from below, and few logits reach it.
-  float bound = -INFINITY;
+  // Below every finite logit, and above those that are not allowed: they have no weight.
+  float bound = std::numeric_limits<float>::lowest();
   if (k <= int64_t(s.maxima.size())) {
     s.largest.resize(k);
     std::partial_sort_copy(s.maxima.begin(), s.maxima.end(), s.largest.begin(), s.largest.end(), std::greater<>());
-    bound = s.largest.back();
+    bound = std::max(bound, s.largest.back());
   }
   visit_from(x, n, s.maxima, bound, [&](int i) { s.ids.push_back(i); });
   if (int64_t(s.ids.size()) > k) {

@@ -16,8 +16,11 @@ struct Sampling {
   std::vector<int32_t> prompt, output;  // filled only where a penalty needs them
   uint64_t seed = 0;
   uint64_t index = 0;  // of the output token
+  // One bit an id, from the lowest bit of the first word on: only ids whose bit is set are drawn. Null: all are.
+  const uint32_t* allowed = nullptr;
   bool changes_logits() const {
-    return !logit_bias.empty() || repetition_penalty != 1 || presence_penalty != 0 || frequency_penalty != 0;
+    return !logit_bias.empty() || repetition_penalty != 1 || presence_penalty != 0 || frequency_penalty != 0 ||
+           allowed;
   }
 };
 

@@ -19,6 +19,7 @@ from nanogpt.sampling_params import TokenLogprobs as TokenLogprobs
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
+UInt32 = npt.NDArray[np.uint32]
 
 
 @dataclass(slots=True)
@@ -30,12 +31,17 @@ class SamplingState:
     alone (a counter-based generator), so that a sequence gives the same text in any company: Philox4x32-10 with
     key (low, high half of ``seed`` mod 2**64) and counter (index, 0, 0, 0) gives the words r0 .. r3, and
     ``(r0 + 2**32 * r1 >> 11) / 2**53`` is the uniform number.
+
+    ``mask`` (a grammar's) says which ids may be drawn next: bit ``i % 32`` of word ``i // 32`` is id i's, at least
+    one is set, and bits from ``config.num_tokens`` on mean nothing. None: any id. It holds for one draw, so a
+    sequence with a mask has no guesses, and its runner draws one token.
     """
 
     params: SamplingParams
     seed: int
     prompt_token_ids: Sequence[int]
     output_token_ids: list[int]
+    mask: UInt32 | None = None
 
 
 @dataclass(slots=True)

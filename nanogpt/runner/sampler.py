@@ -3,12 +3,13 @@ the CPU's memory. Called by a runner from the engine's thread; keeps no state.
 
 From a row of logits to a token, in this order (as ``SamplingParams`` lists it):
 
-    drop padding → logit_bias → repetition → presence, frequency → greedy? the largest
+    drop padding → logit_bias → repetition → presence, frequency → mask → greedy? the largest
     → temperature → top_k → top_p → min_p → draw one of the kept ids with the sequence's own random number
 
-Each filter acts on what the one before it left. "The largest k" always means exactly k, ties broken by the lower id.
-The draw inverts the cumulative distribution over the kept ids in ascending order, in float64, so that nothing depends
-on which other rows are in the batch.
+What a mask (a grammar's) does not allow becomes -inf: it has no weight, and no filter can bring it back. Each filter
+acts on what the one before it left. "The largest k" always means exactly k, ties broken by the lower id. The draw
+inverts the cumulative distribution over the kept ids in ascending order, in float64, so that nothing depends on which
+other rows are in the batch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nanogpt.errors import NanoGPTError
-from nanogpt.runner.base import Batch, Float32, SamplingState, StepOutput
+from nanogpt.runner.base import Batch, Float32, SamplingState, StepOutput, UInt32
 from nanogpt.runner.philox import uniforms
 from nanogpt.sampling_params import TokenLogprobs
 
@@ -62,6 +63,8 @@ def sampled_rows(batch: Batch) -> list[Row]:
         if n == 0:
             rows.append(Row(b, end - 1, state, []))
             continue
+        if state.mask is not None:
+            raise ValueError("a mask is for one draw: num_drafts must be 0")
         drafts = batch.token_ids[end - n : end].tolist()
         rows += [Row(b, end - 1 - n + i, state, drafts[:i]) for i in range(n + 1)]
     return rows
@@ -198,16 +201,24 @@ def adjustment(row: Row) -> Adjustment | None:
     return Adjustment(ids, bias, factor, penalty)
 
 
+def forbidden(mask: UInt32, num_tokens: int) -> npt.NDArray[np.bool_]:
+    """Which ids a mask does not allow. Shapes: ``[words]`` → ``[num_tokens]``."""
+    octets = np.ascontiguousarray(mask, "<u4").view(np.uint8)
+    return np.logical_not(np.unpackbits(octets, count=num_tokens, bitorder="little"))
+
+
 def _adjusted(logits: Float32, rows: Sequence[Row], group: list[int]) -> Float32:
-    """The group's rows with bias and penalties. A copy wherever something changes: logprobs want the model's own."""
+    """The group's rows with bias, penalties and masks. A copy where anything changes: logprobs want the model's own."""
     adjusted = logits if len(group) == len(logits) else logits[group]
     for at, i in enumerate(group):
-        change = adjustment(rows[i])
+        change, mask = adjustment(rows[i]), rows[i].state.mask
+        if adjusted is logits and (change is not None or mask is not None):
+            adjusted = logits.copy()
         if change is not None:
-            if adjusted is logits:
-                adjusted = logits.copy()
             x = adjusted[at, change.ids] + change.bias
             adjusted[at, change.ids] = np.where(x > 0, x / change.factor, x * change.factor) - change.penalty
+        if mask is not None:
+            adjusted[at, forbidden(mask, logits.shape[1])] = -np.inf
     return adjusted
 
 

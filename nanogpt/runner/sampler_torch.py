@@ -15,13 +15,16 @@ import numpy.typing as npt
 import torch
 
 from nanogpt.runner.philox import uniforms
-from nanogpt.runner.sampler import Row, adjustment
+from nanogpt.runner.sampler import Row, adjustment, forbidden
 
 
 def sample(logits: torch.Tensor, rows: Sequence[Row], num_tokens: int) -> torch.Tensor:
     """One token id for each row, on the device; -1 where the logits are not finite. Shapes: ``[R, V]`` → ``[R]``."""
-    logits = _adjusted(logits[:, :num_tokens], rows)
+    model = logits[:, :num_tokens]
+    logits = _masked(_adjusted(model, rows), rows)
     highest, best = logits.max(dim=1)
+    # A mask may hide what is not finite.
+    finite = highest.isfinite() if logits is model else model.amax(dim=1).isfinite()
     params = [row.state.params for row in rows]
     if not all(p.greedy for p in params):
         table = np.stack(
@@ -47,7 +50,7 @@ def sample(logits: torch.Tensor, rows: Sequence[Row], num_tokens: int) -> torch.
         cumulative = weights.cumsum(dim=1)
         drawn = torch.searchsorted(cumulative, random * cumulative[:, -1:], right=True)
         best = torch.where(greedy[:, 0] > 0, best, drawn[:, 0])
-    return torch.where(highest.isfinite(), best, -1)
+    return torch.where(finite, best, -1)
 
 
 def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
@@ -71,6 +74,17 @@ def _adjusted(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     x = logits[row_of, ids].double() + bias
     x = torch.where(x > 0, x / factor, x * factor) - penalty
     return logits.index_put((row_of, ids), x.to(logits.dtype))
+
+
+def _masked(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """-inf for what the rows' masks do not allow."""
+    masks = [(i, row.state.mask) for i, row in enumerate(rows) if row.state.mask is not None]
+    if not masks:
+        return logits
+    hidden = np.zeros(logits.shape, np.bool_)
+    for i, mask in masks:
+        hidden[i] = forbidden(mask, logits.shape[1])
+    return logits.masked_fill(upload(hidden, logits.device), -torch.inf)
 
 
 def _among_largest(logits: torch.Tensor, k: torch.Tensor, largest_k: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from nanogpt.errors import InvalidRequest
+from nanogpt.errors import InvalidRequest, UnknownCharacter
 
 
 @runtime_checkable
@@ -72,3 +72,20 @@ def describe_position(text: str, index: int) -> str:
 
 def describe_character(character: str) -> str:
     return f"{character!r} (U+{ord(character):04X})"
+
+
+def empty_prompt(tokenizer: Tokenizer) -> list[int]:
+    """What an empty prompt stands for: a GPT continues at least one token.
+
+    Raises: InvalidRequest where the model has nothing to start from.
+    """
+    if tokenizer.eos_token_id is not None:
+        return [tokenizer.eos_token_id]
+    try:
+        return tokenizer.encode("\n")
+    except UnknownCharacter:
+        raise InvalidRequest(
+            "The prompt is empty, and this model has neither an end-of-text token nor a line break to start from.",
+            remedy="Begin with a character of the model's vocabulary.",
+            field="prompt",
+        ) from None

@@ -17,10 +17,13 @@ from nanogpt.settings import Settings
 from nanogpt.web import process
 from nanogpt.web.auth import make_check
 from nanogpt.web.caller import Caller
+from nanogpt.web.docs_routes import make_docs_routes
 from nanogpt.web.engine import EngineHandle
 from nanogpt.web.errors import register_error_handlers
+from nanogpt.web.openai.routes import make_openai_routes
 from nanogpt.web.request_log import RequestLog, request_id
 from nanogpt.web.routes import make_routes
+from nanogpt.web.service import GenerationService
 
 
 def create_app(settings: Settings | None = None, *, client: EngineClient | None = None) -> Flask:
@@ -54,7 +57,10 @@ def create_app(settings: Settings | None = None, *, client: EngineClient | None 
 
     register_error_handlers(app)
     app.extensions["nanogpt"] = engine = EngineHandle(settings, client)
-    app.register_blueprint(make_routes(settings, engine))
+    service = GenerationService(settings, engine)
+    app.register_blueprint(make_routes(service))
+    app.register_blueprint(make_openai_routes(service))
+    app.register_blueprint(make_docs_routes(settings))
     return app
 
 

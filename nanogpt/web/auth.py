@@ -14,7 +14,7 @@ from flask import Request
 from nanogpt.errors import Unauthorized
 
 # What a load balancer and a first-time visitor ask without a key. Everything else is closed.
-OPEN_ROUTES = frozenset({"/", "/health", "/ready"})
+OPEN_ROUTES = frozenset({"/", "/health", "/ready", "/openapi.json", "/docs"})
 
 
 def make_check(api_key: str) -> Callable[[Request], None]:

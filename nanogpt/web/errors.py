@@ -1,4 +1,5 @@
-"""Every refusal in one JSON shape: ``{"error", "code", "request_id"}``, and ``field`` and ``remedy`` where known.
+"""Every refusal in one JSON shape: ``{"error", "code", "request_id"}``, and ``field`` and ``remedy`` where known; under
+``/v1/`` in OpenAI's.
 
 Also the last line of defence: an error nobody expected becomes a 500 in the same shape, and its place in the code (not
 its message, which may quote a prompt) goes to the log.
@@ -10,12 +11,13 @@ import logging
 import math
 from typing import Any
 
-from flask import Flask, Response, g
+from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 
 from nanogpt.errors import MethodNotAllowed, NanoGPTError, NotFound, Unauthorized
 from nanogpt.web.answers import json_response
+from nanogpt.web.openai.errors import is_openai, openai_error
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +34,8 @@ def error_body(error: NanoGPTError, request_id: str) -> dict[str, Any]:
 def error_response(error: NanoGPTError) -> Response:
     if (record := g.get("record")) is not None:
         record.outcome = error.code
-    response = json_response(error_body(error, g.get("request_id", "")), error.status)
+    body = openai_error(error) if is_openai(request.path) else error_body(error, g.get("request_id", ""))
+    response = json_response(body, error.status)
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, Unauthorized):

@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from nanogpt.engine.client import Generation
-from nanogpt.engine.messages import TIMEOUT, Finished, Tokens
-from nanogpt.errors import EngineDied, EngineDraining, NanoGPTError, RequestTimeout
+from nanogpt.engine.messages import GRAMMAR, TIMEOUT, Finished, Tokens
+from nanogpt.errors import EngineDied, EngineDraining, InvalidRequest, NanoGPTError, RequestTimeout
+from nanogpt.sampling_params import TokenLogprobs
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.text import TextStream
 from nanogpt.web import process
 
 # How long a wait for the engine may keep a thread from noticing that the client left or that the worker quits.
-_LOOK_UP_S = 0.25
+LOOK_UP_S = 0.25
 
 
 class ClientGone(NanoGPTError):
@@ -41,6 +42,7 @@ class Outcome:
     queue_s: float
     ttft_s: float
     total_s: float
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -66,24 +68,38 @@ class TextGeneration:
         client_gone: Callable[[], bool],
         silence_s: float,
     ) -> None:
+        self.tokenizer = tokenizer
         self._generation = generation
         self._text = TextStream(tokenizer, stop)
         self._num_prompt_tokens = num_prompt_tokens
         self._started = started
         self._client_gone = client_gone
         self._silence_s = silence_s
+        self._last: Finished | None = None
         self._ended = False
         self._closed = False
         self._first_token_at = 0.0
         self.outcome: Outcome | None = None
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        """Of the tokens so far, where they were asked for."""
 
     @property
     def num_tokens(self) -> int:
         return self._text.num_tokens
 
     @property
+    def offsets(self) -> list[int]:
+        """For each token, the number of characters before it."""
+        return self._text.offsets
+
+    @property
     def ttft_s(self) -> float | None:
         return self._first_token_at - self._started if self._first_token_at else None
+
+    @property
+    def finish_reason(self) -> str | None:
+        return None if self.outcome is None else self.outcome.finish_reason
 
     def run(self) -> Outcome:
         """Wait for the whole text."""
@@ -94,38 +110,59 @@ class TextGeneration:
 
     def __iter__(self) -> Iterator[str | None]:
         last_sent = time.monotonic()
-        while True:
-            event = self._generation.get(min(_LOOK_UP_S, self._silence_s))
+        while self.outcome is None:
+            piece = self.advance(min(LOOK_UP_S, self._silence_s))
             now = time.monotonic()
-            if self._client_gone():
-                raise ClientGone("The client closed the connection.")
-            if process.stop_at is not None and now >= process.stop_at and not isinstance(event, Finished):
-                raise EngineDraining("The server is stopping.", remedy="Send the request again.")
-            piece = self._take(event, now) if event is not None else ""
             if piece:
                 yield piece
                 last_sent = now
-            elif now - last_sent >= self._silence_s:
+            elif now - last_sent >= self._silence_s and self.outcome is None:
                 yield None
                 last_sent = now
-            if isinstance(event, Finished):
-                self._finish(event, "stop" if self._text.stopped else event.reason)
-                return
-            if self._text.stopped:
-                self._generation.abort()
-                self._finish(self._last_event(), "stop")
-                return
+
+    def wait_accepted(self) -> None:
+        """Needed once where the text was only sent. Raises: what the engine refuses it with."""
+        self._generation.wait_accepted()
+
+    def advance(self, timeout_s: float) -> str:
+        """Wait so long for the engine's next word. The text that it adds; past the last of it ``outcome`` is there.
+
+        Raises: ClientGone, EngineDied, EngineDraining, RequestTimeout.
+        """
+        if self.complete:
+            self._finish()
+            return ""
+        event = self._generation.get(timeout_s)
+        now = time.monotonic()
+        if self._client_gone():
+            raise ClientGone("The client closed the connection.")
+        if process.stop_at is not None and now >= process.stop_at and not isinstance(event, Finished):
+            raise EngineDraining("The server is stopping.", remedy="Send the request again.")
+        return self._take(event, now) if event is not None else ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of the text is there: the next ``advance`` makes the outcome."""
+        return self._last is not None or self._text.stopped
 
     def _take(self, event: Tokens | Finished, now: float) -> str:
         """The text that this event adds."""
         if isinstance(event, Tokens):
             self._first_token_at = self._first_token_at or now
-            return self._text.push(event.token_ids)
+            piece = self._text.push(event.token_ids)
+            num_new = self._text.num_tokens - len(self.token_ids)
+            self.token_ids += event.token_ids[:num_new]
+            if event.logprobs is not None:
+                self.logprobs += event.logprobs[:num_new]
+            return piece
         self._ended = True
+        if event.reason == "error" and (event.error or "").startswith(GRAMMAR):
+            raise InvalidRequest(f"The text cannot go on by its {event.error}", field="response_format")
         if event.reason == "error":
             raise EngineDied("The engine failed while it worked on this request.", remedy="Send the request again.")
         if event.error == TIMEOUT and not self._text.num_tokens:
             raise RequestTimeout("The server did not come to this request in time.", remedy="Send it again later.")
+        self._last = event
         return self._text.finish()
 
     def close(self) -> None:
@@ -149,7 +186,12 @@ class TextGeneration:
                     return event
         return None
 
-    def _finish(self, finished: Finished | None, reason: str) -> None:
+    def _finish(self) -> None:
+        if self._last is None:  # a stop text ended it: the engine has to be told
+            self._generation.abort()
+            self._last = self._last_event()
+        finished = self._last
+        reason = "stop" if self._text.stopped or finished is None else finished.reason
         self._ended = True
         now = time.monotonic()
         self.outcome = Outcome(
@@ -161,4 +203,5 @@ class TextGeneration:
             queue_s=finished.timings.queue_s if finished else 0.0,
             ttft_s=(self._first_token_at or now) - self._started,
             total_s=now - self._started,
+            prompt_logprobs=finished.prompt_logprobs if finished else None,
         )

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from flask import Request
 
 from nanogpt.web.generation import TextGeneration
+from nanogpt.web.group import TextGroup
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +52,11 @@ class RequestLog:
         self._write(f"Request: {self.method} {self.route} id={request_id}", {})
         return self
 
-    def describe(self, text: TextGeneration) -> None:
+    def describe(self, text: TextGeneration | TextGroup) -> None:
         """Note what a generation came to, for the last line."""
         self.num_tokens, self.ttft_s = text.num_tokens, text.ttft_s
-        if text.outcome is not None:
-            self.outcome = text.outcome.finish_reason
+        if text.finish_reason is not None:
+            self.outcome = text.finish_reason
 
     def finish(self, status: int) -> None:
         fields: dict[str, object] = {"status": status}

@@ -8,22 +8,21 @@ from typing import Any
 
 from flask import Blueprint, Response, g, request
 
-from nanogpt._version import __version__
-from nanogpt.settings import Settings
 from nanogpt.web import process
 from nanogpt.web.answers import json_response
 from nanogpt.web.body import read_json_object
-from nanogpt.web.engine import EngineHandle, ServedModel
-from nanogpt.web.generation import Outcome
+from nanogpt.web.engine import ServedModel
+from nanogpt.web.generation import Outcome, TextGeneration
 from nanogpt.web.schemas import GenerateBody
 from nanogpt.web.service import GenerationService
-from nanogpt.web.streaming import EventStream
+from nanogpt.web.streaming import EventStream, GuideForm
+from nanogpt.web.token_logprobs import plain_logprobs
 
 
-def make_routes(settings: Settings, engine: EngineHandle) -> Blueprint:
+def make_routes(service: GenerationService) -> Blueprint:
     """The guide's API on this engine."""
     routes = Blueprint("guide", __name__)
-    service = GenerationService(settings, engine)
+    settings, engine = service.settings, service.engine
 
     @routes.post("/generate")
     def generate() -> Response:
@@ -34,10 +33,10 @@ def make_routes(settings: Settings, engine: EngineHandle) -> Blueprint:
             text = service.start(model, model.tokenizer.encode(body.prompt), body.sampling_params())
             held.enter_context(closing(text))
             if body.stream:
-                final = partial(generate_answer, body, model)
-                return EventStream(text, g.record, final, held.pop_all()).response()
+                form = GuideForm(text, partial(generate_answer, body, text, model))
+                return EventStream(text, g.record, form, held.pop_all()).response()
             try:
-                return json_response(generate_answer(body, model, text.run()))
+                return json_response(generate_answer(body, text, model, text.run()))
             finally:
                 g.record.describe(text)
 
@@ -65,26 +64,12 @@ def make_routes(settings: Settings, engine: EngineHandle) -> Blueprint:
             status = "draining"
         return status, now.device or None, now.reason or None if status != "healthy" else None
 
-    @routes.get("/")
-    def index() -> Response:
-        return json_response(
-            {
-                "name": "nano-gpt-api",
-                "version": __version__,
-                "routes": {
-                    "POST /generate": 'Continue a text. JSON body: {"prompt": "Once upon a time", "max_length": 100}',
-                    "GET /health": "Whether the model is loaded, and on which device.",
-                    "GET /ready": "Whether a request would be answered now.",
-                },
-            }
-        )
-
     return routes
 
 
-def generate_answer(body: GenerateBody, model: ServedModel, outcome: Outcome) -> dict[str, Any]:
+def generate_answer(body: GenerateBody, text: TextGeneration, model: ServedModel, outcome: Outcome) -> dict[str, Any]:
     """The guide's three fields first, then ours."""
-    return {
+    answer = {
         "prompt": body.prompt,
         "generated_text": body.prompt + outcome.text,
         "tokens_generated": outcome.num_output_tokens,
@@ -103,3 +88,6 @@ def generate_answer(body: GenerateBody, model: ServedModel, outcome: Outcome) ->
             "tokens_per_second": round(outcome.tokens_per_second, 2),
         },
     }
+    if body.logprobs is not None:
+        answer["logprobs"] = plain_logprobs(text)
+    return answer

@@ -11,6 +11,7 @@ from threading import BoundedSemaphore
 
 from flask import g, request
 
+from nanogpt.engine.client import Events
 from nanogpt.engine.messages import GenerateRequest
 from nanogpt.errors import QueueFull
 from nanogpt.sampling_params import SamplingParams
@@ -19,6 +20,7 @@ from nanogpt.web.caller import Caller
 from nanogpt.web.connection import make_client_gone
 from nanogpt.web.engine import EngineHandle, ServedModel
 from nanogpt.web.generation import TextGeneration
+from nanogpt.web.group import TextGroup
 from nanogpt.web.request_log import RequestLog
 
 
@@ -49,20 +51,30 @@ class GenerationService:
         """The model that is served now. Raises: ServiceUnavailable when it does not come in time."""
         return self.engine.model()
 
-    def start(self, model: ServedModel, prompt_token_ids: Sequence[int], params: SamplingParams) -> TextGeneration:
-        """Hand a text to the engine; whoever gets it closes it. Raises: whatever the engine refuses it with."""
+    def start(
+        self,
+        model: ServedModel,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        events: Events | None = None,
+    ) -> TextGeneration:
+        """Hand a text to the engine; whoever gets it closes it. Raises: whatever the engine refuses it with.
+
+        With ``events``, where its news goes, it is only sent: its ``wait_accepted`` is the second half.
+        """
         record: RequestLog = g.record
         caller: Caller = g.caller
-        generation = self.engine.client.submit(
-            GenerateRequest(
-                prompt_token_ids,
-                params,
-                request_id=record.request_id,
-                client=caller.name,
-                timeout_s=self.settings.request_timeout_s,
-                max_concurrency=caller.max_concurrency or 0,
-            )
+        client = self.engine.client
+        wanted = GenerateRequest(
+            prompt_token_ids,
+            params,
+            request_id=record.request_id,
+            client=caller.name,
+            timeout_s=self.settings.request_timeout_s,
+            max_concurrency=caller.max_concurrency or 0,
         )
+        generation = client.submit(wanted) if events is None else client.send(wanted, events)
         return TextGeneration(
             generation,
             model.tokenizer,
@@ -72,3 +84,18 @@ class GenerationService:
             client_gone=make_client_gone(request.environ),
             silence_s=self.settings.stream_ping_s,
         )
+
+    def start_many(self, model: ServedModel, texts: Sequence[tuple[Sequence[int], SamplingParams]]) -> TextGroup:
+        """Hand all texts of one request to the engine, before any of them is waited for; whoever gets them closes them.
+
+        Raises: whatever the engine refuses one of them with; then none of them goes on.
+        """
+        group = TextGroup(self.settings.stream_ping_s)
+        try:
+            for prompt_token_ids, params in texts:
+                group.add(self.start(model, prompt_token_ids, params, events=group.next_events()))
+            group.wait_accepted()
+        except BaseException:
+            group.close()
+            raise
+        return group

@@ -1,7 +1,7 @@
-"""A generation as server-sent events: pieces of text, pings in silence, and one final event.
+"""Generations as server-sent events: pieces of text, pings in silence, and an end. Owned by the request's thread.
 
-``data: {"text": …}`` for each piece; at the end ``data:`` with all the fields of the answer that is not streamed, or
-``event: error`` with the fields of a refusal. Owned by the thread that holds the request.
+What an event looks like is its route's business (a ``Form``): for /generate ``data: {"text": …}`` for each piece; at
+the end ``data:`` with all the fields of the answer that is not streamed, or ``event: error`` with those of a refusal.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 from flask import Response
 
@@ -17,7 +17,42 @@ from nanogpt.errors import NanoGPTError
 from nanogpt.web.answers import PING, event
 from nanogpt.web.errors import error_body, unexpected
 from nanogpt.web.generation import ClientGone, Outcome, TextGeneration
+from nanogpt.web.group import TextGroup
 from nanogpt.web.request_log import RequestLog
+from nanogpt.web.token_logprobs import plain_logprobs
+
+
+class Form(Protocol):
+    """How what iteration gives is written: as bytes, empty where nothing is to be said yet."""
+
+    def piece(self, piece: Any) -> bytes: ...
+
+    def end(self) -> bytes: ...
+
+    def error(self, error: NanoGPTError, request_id: str) -> bytes: ...
+
+
+class GuideForm:
+    """The form of /generate."""
+
+    def __init__(self, text: TextGeneration, final: Callable[[Outcome], dict[str, Any]]) -> None:
+        self._text = text
+        self._final = final
+        self._num_told = 0
+
+    def piece(self, piece: str) -> bytes:
+        fields: dict[str, Any] = {"text": piece}
+        if self._text.logprobs:
+            fields["logprobs"] = plain_logprobs(self._text, self._num_told)
+            self._num_told = self._text.num_tokens
+        return event(fields)
+
+    def end(self) -> bytes:
+        assert self._text.outcome is not None
+        return event(self._final(self._text.outcome))
+
+    def error(self, error: NanoGPTError, request_id: str) -> bytes:
+        return event(error_body(error, request_id), "error")
 
 
 class EventStream:
@@ -26,18 +61,16 @@ class EventStream:
     ``held`` is what the request holds (its place, its text), and is closed with it.
     """
 
-    def __init__(
-        self, text: TextGeneration, record: RequestLog, final: Callable[[Outcome], dict[str, Any]], held: ExitStack
-    ) -> None:
+    def __init__(self, text: TextGeneration | TextGroup, record: RequestLog, form: Form, held: ExitStack) -> None:
         self._text = text
         self._record = record
-        self._final = final
+        self._form = form
         self._held = held
         self._events: Iterator[bytes] = iter(())
 
     def response(self) -> Response:
         """The answer, once its first piece is there: until then a failure is still a plain JSON refusal."""
-        pieces = iter(self._text)
+        pieces: Iterator[Any] = iter(self._text)
         try:
             first = [next(pieces)]
         except StopIteration:
@@ -58,21 +91,22 @@ class EventStream:
         return next(self._events)
 
     def close(self) -> None:
-        if self._text.outcome is None and self._record.outcome is None:
+        if self._text.finish_reason is None and self._record.outcome is None:
             self._record.outcome = ClientGone.code  # gunicorn could not write, or never began to
         self._held.close()
         self._record.describe(self._text)
 
-    def _make_events(self, pieces: Iterator[str | None]) -> Iterator[bytes]:
+    def _make_events(self, pieces: Iterator[Any]) -> Iterator[bytes]:
         try:
             for piece in pieces:
-                yield PING if piece is None else event({"text": piece})
-            assert self._text.outcome is not None
-            yield event(self._final(self._text.outcome))
+                data = PING if piece is None else self._form.piece(piece)
+                if data:
+                    yield data
+            yield self._form.end()
         except ClientGone as gone:
             self._record.outcome = gone.code
         except Exception as error:
             request_id = self._record.request_id
             refusal = error if isinstance(error, NanoGPTError) else unexpected(error, request_id)
             self._record.outcome = refusal.code
-            yield event(error_body(refusal, request_id), "error")
+            yield self._form.error(refusal, request_id)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,16 @@ from nanogpt.runner import sampler_torch  # noqa: E402
 logit = st.integers(-64, 64).map(lambda n: n / 16)
 
 
+def allows(state: SamplingState, token_id: int) -> bool:
+    return state.mask is None or bool(int(state.mask[token_id // 32]) >> token_id % 32 & 1)
+
+
+def mask_of(allowed: set[int], num_tokens: int) -> npt.NDArray[np.uint32]:
+    """Bits past the vocabulary are set: they mean nothing."""
+    bits = sum(1 << i for i in allowed) | -1 << num_tokens
+    return np.array([bits >> at & 0xFFFFFFFF for at in range(0, num_tokens, 32)], np.uint32)
+
+
 def plain(logits: list[float], state: SamplingState, drafts: list[int]) -> tuple[int, bool]:
     """The token, one id after the other in Python; and whether a hair's breadth could have changed it."""
     params, output = state.params, state.output_token_ids + drafts
@@ -34,7 +45,7 @@ def plain(logits: list[float], state: SamplingState, drafts: list[int]) -> tuple
         x[i] = x[i] / params.repetition_penalty if x[i] > 0 else x[i] * params.repetition_penalty
     for i in set(output):
         x[i] -= params.presence_penalty + params.frequency_penalty * output.count(i)
-    x = {i: float(np.float32(value)) for i, value in x.items()}
+    x = {i: float(np.float32(value)) for i, value in x.items() if allows(state, i)}
     best_first = sorted(x, key=lambda i: (-x[i], i))
     if params.greedy:
         return best_first[0], False
@@ -66,7 +77,7 @@ def plain(logits: list[float], state: SamplingState, drafts: list[int]) -> tuple
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[list[float]], list[Row], int]:
     """Some rows of logits with padding, each with parameters of its own."""
-    num_tokens = draw(st.integers(1, 30))
+    num_tokens = draw(st.integers(1, 40))
     token = st.integers(0, num_tokens - 1)
     num_rows = draw(st.integers(1, 4))
     rows, logits = [], []
@@ -83,7 +94,9 @@ def cases(draw: st.DrawFn) -> tuple[list[list[float]], list[Row], int]:
         }
         prompt, output, drafts = (draw(st.lists(token, max_size=5)) for _ in range(3))
         seed = draw(st.integers(-(2**63), 2**64 - 1))
-        rows.append(Row(i, i, SamplingState(SamplingParams(**values), seed, prompt, output), drafts))
+        allowed = draw(st.none() | st.sets(token, min_size=1))
+        mask = None if allowed is None else mask_of(allowed, num_tokens)
+        rows.append(Row(i, i, SamplingState(SamplingParams(**values), seed, prompt, output, mask), drafts))
         logits.append(draw(st.lists(logit, min_size=num_tokens, max_size=num_tokens)))
     return logits, rows, num_tokens
 

@@ -1,11 +1,12 @@
 """Any order of submitting, stepping, aborting, failing and expiring: the engine's promises hold after every action.
 
 The runner is a fake whose next token depends on all that its slot really holds, so that a slot mixed up, a position
-left out or a wrong prefix shows in the output.
+left out or a wrong prefix shows in the output. Who is admitted is held against the rule, told here a second time.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
@@ -16,8 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from nanogpt.engine.core import Engine
 from nanogpt.engine.messages import TIMEOUT, Finished, GenerateRequest, Tokens
+from nanogpt.engine.scheduler import Plan
 from nanogpt.engine.sequence import Event
-from nanogpt.errors import InvalidRequest, QueueFull
+from nanogpt.errors import ConcurrencyLimit, InvalidRequest, QueueFull
 from nanogpt.sampling_params import SamplingParams
 
 NUM_TOKENS = 40
@@ -30,6 +32,7 @@ class Asked:
     prompt: list[int]
     params: SamplingParams
     timeout_s: float
+    client: str
     events: list[Event] = field(default_factory=list)
     aborts_at_first_token: int | None = None
 
@@ -48,9 +51,10 @@ class EngineMachine(RuleBasedStateMachine):
         max_batch_size=st.integers(1, 5),
         extra_slots=st.integers(0, 3),
         max_batch_tokens=st.integers(1, 16),
-        max_queue=st.integers(0, 6),
+        max_queue=st.integers(0, 6) | st.integers(8, 20),
         prefix_cache=st.booleans(),
         min_copy_tokens=st.sampled_from([1, 8]),
+        min_shared_tokens=st.sampled_from([1, 3, 16]),
         crop=st.booleans(),
         num_guesses=st.sampled_from([0, 0, 1, 3]),
     )
@@ -63,13 +67,15 @@ class EngineMachine(RuleBasedStateMachine):
         max_queue: int,
         prefix_cache: bool,
         min_copy_tokens: int,
+        min_shared_tokens: int,
         crop: bool,
         num_guesses: int,
     ) -> None:
         self.config = config(block_size, NUM_TOKENS)
         self.crop = crop
         self.prefix_cache = prefix_cache
-        self.capacity = min(max_batch_size, max_batch_tokens) + max_queue
+        self.max_running = min(max_batch_size, max_batch_tokens)
+        self.max_queue = max_queue
         self.runner = FakeRunner(self.config, max_batch_size + extra_slots, max_batch_tokens=max_batch_tokens)
         self.runner.num_guesses = num_guesses
         self.engine = Engine(
@@ -82,7 +88,13 @@ class EngineMachine(RuleBasedStateMachine):
         )
         self.scheduler = self.engine._scheduler
         self.scheduler.slots._min_copy_tokens = min_copy_tokens
+        self.scheduler._min_shared_tokens = min_shared_tokens
+        self.admit = self.scheduler.schedule
+        self.scheduler.schedule = self.schedule  # type: ignore[method-assign]
         self.asked: dict[int, Asked] = {}
+        self.num_admitted = 0
+        self.served: dict[str, float] = {}
+        """When each client was served last, in admissions; who comes (again) does so half before the latest one."""
         self.may_fail: set[int] = set()
 
     # Few different tokens, and often a text that was there before, so that prompts share prefixes of all lengths.
@@ -95,6 +107,8 @@ class EngineMachine(RuleBasedStateMachine):
         timeout_s=st.sampled_from([1000.0, 1000.0, 1000.0, 0.0]),
         wants_prompt_logprobs=st.booleans(),
         aborts=st.none() | st.integers(0, 10),
+        client=st.sampled_from(["ann", "ann", "ann", "bob", "cem", ""]),
+        max_concurrency=st.sampled_from([0, 0, 0, 1, 3]),
     )
     def submit(
         self,
@@ -106,6 +120,8 @@ class EngineMachine(RuleBasedStateMachine):
         timeout_s: float,
         wants_prompt_logprobs: bool,
         aborts: int | None,
+        client: str,
+        max_concurrency: int,
     ) -> None:
         if again is not None and self.asked:
             former = self.asked[sorted(self.asked)[again[0] % len(self.asked)]]
@@ -117,16 +133,19 @@ class EngineMachine(RuleBasedStateMachine):
             stop_token_ids=stop_ids,
             prompt_logprobs=2 if wants_prompt_logprobs else None,
         )
-        asked = Asked(prompt, params, timeout_s, aborts_at_first_token=aborts)
+        asked = Asked(prompt, params, timeout_s, client, aborts_at_first_token=aborts)
 
         def sink(event: Event) -> None:
             asked.events.append(event)
             if len(asked.events) == 1 and asked.aborts_at_first_token in self.asked:
                 self.engine.abort(asked.aborts_at_first_token)
 
-        request = GenerateRequest(prompt, params, timeout_s=timeout_s)
-        num_unfinished = sum(other.finished is None for other in self.asked.values())
-        if num_unfinished >= self.capacity:
+        request = GenerateRequest(prompt, params, client=client, timeout_s=timeout_s, max_concurrency=max_concurrency)
+        own = [handle for handle, other in self.asked.items() if not other.finished and other.client == client]
+        if 0 < max_concurrency <= len(own):
+            with pytest.raises(ConcurrencyLimit, match=str(max_concurrency)):
+                self.engine.submit(request, sink)
+        elif not self.has_room(own):
             with pytest.raises(QueueFull):
                 self.engine.submit(request, sink)
         elif len(prompt) > self.config.block_size and not self.crop:
@@ -134,6 +153,37 @@ class EngineMachine(RuleBasedStateMachine):
                 self.engine.submit(request, sink)
         else:
             self.asked[self.engine.submit(request, sink)] = asked
+            if not own:
+                self.served[client] = self.num_admitted - 0.5
+
+    def has_room(self, own: list[int]) -> bool:
+        """The queue is what waits beyond the free places; its last eighth is not for who holds more than half."""
+        left = self.max_running + self.max_queue - sum(other.finished is None for other in self.asked.values())
+        num_free = self.max_running - self.scheduler.num_running
+        own_queued = sum(handle not in self.scheduler._running for handle in own) - num_free
+        return left > (self.max_queue // 8 if own_queued > self.max_queue / 2 else 0)
+
+    def schedule(self, now: float) -> Plan | None:
+        """In the scheduler's place: it chooses, and every choice was the fair one."""
+        running = Counter(s.request.client for s in self.scheduler._running.values())
+        before = set(self.scheduler._running)
+        waiting: dict[str, list[int]] = {}
+        for handle in sorted(s.handle for s in self.scheduler._queue):
+            waiting.setdefault(self.asked[handle].client, []).append(handle)
+        plan = self.admit(now)
+        for handle in self.scheduler._running:
+            if handle not in before:
+                chosen = min(waiting, key=lambda c: (running[c], self.served[c], waiting[c][0]))
+                client = self.asked[handle].client
+                assert (running[client], self.served[client]) == (running[chosen], self.served[chosen])
+                assert handle == waiting[client].pop(0), "first come, first served within a client"
+                if not waiting[client]:
+                    del waiting[client]
+                running[client] += 1
+                self.num_admitted += 1
+                self.served[client] = self.num_admitted
+        assert plan or not before
+        return plan
 
     @rule()
     def step(self) -> None:
@@ -165,6 +215,7 @@ class EngineMachine(RuleBasedStateMachine):
     def no_slot_is_lost_or_owned_twice(self) -> None:
         if hasattr(self, "scheduler"):
             sequences = list(self.scheduler._running.values())
+            self.scheduler._queue.check(sequences)
             self.scheduler.slots.check({s.slot for s in sequences})
             assert len({s.slot for s in sequences}) == len(sequences)
             assert sorted(s.handle for s in sequences) == sorted(
@@ -175,18 +226,22 @@ class EngineMachine(RuleBasedStateMachine):
     def what_is_running_is_bounded(self) -> None:
         if hasattr(self, "scheduler"):
             assert self.scheduler.num_running <= self.scheduler.max_running
-            assert self.scheduler.num_running + self.scheduler.num_waiting <= self.capacity
+            assert self.scheduler.num_running + self.scheduler.num_waiting <= self.max_running + self.max_queue
             unfinished = {handle for handle, asked in self.asked.items() if not asked.finished}
             assert unfinished == {s.handle for s in self.scheduler.sequences}
 
     @invariant()
     def first_come_first_served(self) -> None:
-        if hasattr(self, "scheduler"):
-            first_waiting = min(self.scheduler._waiting, default=len(self.asked))
-            assert all(handle < first_waiting for handle in self.scheduler._running)
-            if not self.crop:
-                filling = [s.handle for s in self.scheduler._filling]
-                assert filling == sorted(filling)
+        """Within a client; and whoever computes a prompt keeps its place in the line."""
+        if not hasattr(self, "scheduler"):
+            return
+        for client in {asked.client for asked in self.asked.values()}:
+            waiting = [s.handle for s in self.scheduler._queue if s.request.client == client]
+            running = [s.handle for s in self.scheduler._running.values() if s.request.client == client]
+            filling = [s.handle for s in self.scheduler._filling if s.request.client == client]
+            assert waiting == sorted(waiting)
+            assert not waiting or max(running, default=-1) < waiting[0]
+            assert self.crop or filling == sorted(filling)
 
     @invariant()
     def every_request_ends_at_most_once_and_says_what_the_model_says(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import nanogpt
-from nanogpt import LLM, Completion, SamplingParams, batch_generate, load_model_from_checkpoint
+from nanogpt import LLM, Completion, SamplingParams, batch_generate, grammars, load_model_from_checkpoint
 from nanogpt.engine.messages import Finished, Tokens
 from nanogpt.errors import InvalidRequest, NanoGPTError, SettingsError, UnknownCharacter
 from nanogpt.llm import _Request
@@ -324,6 +325,19 @@ def test_settings_are_checked_before_anything_is_loaded() -> None:
         LLM("/there/is/nothing", device="gpu")
     with pytest.raises(SettingsError, match="max_batch_size is 0"):
         LLM("/there/is/nothing", max_batch_size=0)
+
+
+def test_a_text_follows_its_grammar_and_says_so_when_it_cannot(llm: LLM) -> None:
+    """Of a model without an end-of-text token; its vocabulary is plain prose, without braces."""
+    name = dataclasses.replace(SAMPLED, max_tokens=60, grammar=grammars.from_regex("[A-Z]{3,9}: [a-z ]{5}[.!]"))
+    named, free = llm.generate(["\n", "\n"], [name, SAMPLED])
+    assert re.fullmatch("[A-Z]{3,9}: [a-z ]{5}[.!]", named.text)
+    assert named.finish_reason == "stop"
+    assert free.text == llm.generate("\n", SAMPLED)[0].text
+    with pytest.raises(InvalidRequest, match="no token of this model's vocabulary"):
+        llm.generate("\n", SamplingParams(grammar=grammars.any_json_object()))
+    with pytest.raises(InvalidRequest, match=r"by its grammar: .* goes on with the text"):
+        llm.generate("\n", SamplingParams(grammar=grammars.from_regex("ab{3}[{]")))
 
 
 def test_a_closed_model_says_so(shared_checkpoints: Path) -> None:

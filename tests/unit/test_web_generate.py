@@ -196,6 +196,13 @@ def test_a_refusal_by_the_engine_can_be_retried(engine: EchoClient, error: Excep
     assert int(answer.headers["Retry-After"]) >= 1
 
 
+def test_a_text_that_its_grammar_cannot_go_on_with_is_the_requests_fault(engine: EchoClient) -> None:
+    engine.error = "grammar: The grammar cannot be followed: no token goes on with the text"
+    answer = make_app(engine).test_client().post("/generate", json={"prompt": "a"})
+    assert (answer.status_code, answer.json["code"]) == (400, "invalid_request")
+    assert "no token goes on with the text" in answer.json["error"]
+
+
 @pytest.mark.parametrize("state", ["loading", "draining", "unhealthy"])
 def test_without_a_ready_engine_the_answer_is_503(engine: EchoClient, state: EngineState) -> None:
     engine.status = replace(engine.status, state=state)

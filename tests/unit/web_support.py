@@ -13,6 +13,7 @@ from flask import Flask
 
 from nanogpt.engine.client import EngineStatus
 from nanogpt.engine.messages import Finished, GenerateRequest, Timings, Tokens
+from nanogpt.sampling_params import TokenLogprobs
 from nanogpt.settings import Settings
 from nanogpt.tokenizer import characters
 from nanogpt.web import create_app
@@ -23,18 +24,37 @@ ALPHABET = "\n !?.,:0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX
 class EchoGeneration:
     """Repeats the prompt until max_tokens; ``hold`` keeps it silent until it is aborted or let go."""
 
-    def __init__(self, request: GenerateRequest, *, hold: bool = False, error: str | None = None) -> None:
+    def __init__(
+        self, request: GenerateRequest, *, hold: bool = False, error: str | None = None, events: Any = None
+    ) -> None:
         self.request = request
         self.aborted = threading.Event()
-        self.events: queue.Queue[Tokens | Finished] = queue.Queue()
+        self.events: Any = queue.Queue() if events is None else events
         if not hold:
             ids, count = list(request.prompt_token_ids), request.params.max_tokens
             for index in range(count):
-                self.events.put(Tokens([ids[index % len(ids)]]))
+                token_id = ids[index % len(ids)]
+                self.events.put(Tokens([token_id], self.logprobs(token_id, index)))
             self.finish("error" if error else "length", count, error)
 
+    def logprobs(self, token_id: int, index: int) -> list[TokenLogprobs] | None:
+        """Made up: the n-th token has the log probability -n, and is the most probable one of as many as asked for."""
+        num_top = self.request.params.logprobs
+        return None if num_top is None else [self.logprob(token_id, -float(index), num_top)]
+
+    def logprob(self, token_id: int, logprob: float, num_top: int) -> TokenLogprobs:
+        others = [(other, logprob - 1.0 - other) for other in range(num_top) if other != token_id]
+        return TokenLogprobs(logprob, 1, [(token_id, logprob), *others][:num_top])
+
     def finish(self, reason: Any, count: int, error: str | None = None) -> None:
-        self.events.put(Finished(reason, len(self.request.prompt_token_ids), count, 0, Timings(), error))
+        prompt, num_top = self.request.prompt_token_ids, self.request.params.prompt_logprobs
+        prompt_logprobs: list[TokenLogprobs | None] | None = None
+        if num_top is not None:
+            prompt_logprobs = [None] + [self.logprob(token_id, -0.5, num_top) for token_id in prompt[1:]]
+        self.events.put(Finished(reason, len(prompt), count, 0, Timings(), error, prompt_logprobs))
+
+    def wait_accepted(self) -> None:
+        pass
 
     def get(self, timeout_s: float) -> Tokens | Finished | None:
         try:
@@ -67,9 +87,12 @@ class EchoClient:
         return self.status
 
     def submit(self, request: GenerateRequest) -> EchoGeneration:
+        return self.send(request)
+
+    def send(self, request: GenerateRequest, events: Any = None) -> EchoGeneration:
         if self.refuse is not None:
             raise self.refuse
-        self.generations.append(EchoGeneration(request, hold=self.hold, error=self.error))
+        self.generations.append(EchoGeneration(request, hold=self.hold, error=self.error, events=events))
         return self.generations[-1]
 
 

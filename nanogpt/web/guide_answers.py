@@ -1,0 +1,73 @@
+"""What the guide's routes answer with, field by field: for the API's description and its tests."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Refusal(Answer):
+    error: str = Field(description="What is wrong.")
+    code: str = Field(description="As in the table of error codes.")
+    request_id: str
+    field: str | None = Field(None, description="The field at fault.")
+    remedy: str | None = Field(None, description="What to do about it.")
+
+
+class TokenUsage(Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    cached_tokens: int = Field(description="Tokens of the prompt that were computed before.")
+
+
+class GenerateTimings(Answer):
+    queue_s: float
+    ttft_s: float = Field(description="Until the first token.")
+    total_s: float
+    tokens_per_second: float = Field(description="After the first token.")
+
+
+class TopToken(Answer):
+    id: int
+    text: str
+    logprob: float
+
+
+class GeneratedToken(TopToken):
+    rank: int = Field(description="1 for the most probable token.")
+    top: list[TopToken]
+
+
+class GenerateAnswer(Answer):
+    prompt: str
+    generated_text: str = Field(description="The prompt and its continuation.")
+    tokens_generated: int
+    finish_reason: Literal["stop", "length", "abort"]
+    model: str
+    usage: TokenUsage
+    timings: GenerateTimings
+    logprobs: list[GeneratedToken] | None = Field(None, description="With logprobs.")
+
+
+class Health(Answer):
+    status: Literal["healthy", "loading", "draining", "unhealthy"]
+    model_loaded: bool
+    device: str | None
+    reason: str | None = Field(None, description="Where it is not healthy.")
+
+
+class Ready(Answer):
+    ready: bool
+    reason: str | None = None
+
+
+class Index(Answer):
+    name: str
+    version: str
+    routes: dict[str, str]
