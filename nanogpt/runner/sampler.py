@@ -110,7 +110,7 @@ def sample(logits: Float32, rows: Sequence[Row], num_tokens: int) -> list[int]:
         if params.greedy:
             greedy.append(i)
         else:
-            by_top_k.setdefault(min(params.top_k or num_tokens, num_tokens), []).append(i)
+            by_top_k.setdefault(_num_candidates(row, num_tokens), []).append(i)
     if greedy:
         drawn[greedy] = _adjusted(logits, rows, greedy).argmax(axis=1)
     for top_k, group in by_top_k.items():
@@ -220,6 +220,14 @@ def _adjusted(logits: Float32, rows: Sequence[Row], group: list[int]) -> Float32
         if mask is not None:
             adjusted[at, forbidden(mask, logits.shape[1])] = -np.inf
     return adjusted
+
+
+def _num_candidates(row: Row, num_tokens: int) -> int:
+    top_k, mask = row.state.params.top_k, row.state.mask
+    if top_k and mask is not None:
+        # Without a look at what is not allowed: the largest of 50,000 equals take a sort of them all.
+        top_k = min(top_k, num_tokens - int(np.count_nonzero(forbidden(mask, num_tokens))))
+    return min(top_k or num_tokens, num_tokens)
 
 
 def _draw(logits: Float32, top_k: int, rows: Sequence[Row]) -> Int64:

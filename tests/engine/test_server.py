@@ -163,9 +163,9 @@ def test_who_does_not_speak_the_protocol_is_dropped_and_the_others_go_on(
 
 def test_params_that_cannot_be_are_refused_alone(start: Callable[..., Running]) -> None:
     worker = start().worker()
-    worker.send(wire.SUBMIT, 1, [1], {"temperature": -1.0}, "", "", 1.0)
-    worker.send(wire.SUBMIT, 2, [1], {"no_such_thing": 1}, "", "", 1.0)
-    worker.send(wire.SUBMIT, 3, None, {}, "", "", 1.0)
+    worker.send(wire.SUBMIT, 1, [1], {"temperature": -1.0}, "", "", 1.0, 0)
+    worker.send(wire.SUBMIT, 2, [1], {"no_such_thing": 1}, "", "", 1.0, 0)
+    worker.send(wire.SUBMIT, 3, None, {}, "", "", 1.0, 0)
     worker.submit(4, max_tokens=2)
     worker.read_until(lambda: 4 in worker.ended)
     assert worker.refused == dict.fromkeys([1, 2, 3], "invalid_request")
