@@ -11,8 +11,9 @@ from threading import BoundedSemaphore
 
 from flask import g, request
 
+from nanogpt.engine.client import Generation
 from nanogpt.engine.messages import GenerateRequest
-from nanogpt.errors import QueueFull
+from nanogpt.errors import ModelChanged, QueueFull
 from nanogpt.sampling_params import SamplingParams
 from nanogpt.settings import Settings
 from nanogpt.web.caller import Caller
@@ -53,7 +54,8 @@ class GenerationService:
         """Hand a text to the engine; whoever gets it closes it. Raises: whatever the engine refuses it with."""
         record: RequestLog = g.record
         caller: Caller = g.caller
-        generation = self.engine.client.submit(
+        generation = self._submit(
+            model,
             GenerateRequest(
                 prompt_token_ids,
                 params,
@@ -61,7 +63,7 @@ class GenerationService:
                 client=caller.name,
                 timeout_s=self.settings.request_timeout_s,
                 max_concurrency=caller.max_concurrency or 0,
-            )
+            ),
         )
         return TextGeneration(
             generation,
@@ -72,3 +74,14 @@ class GenerationService:
             client_gone=make_client_gone(request.environ),
             silence_s=self.settings.stream_ping_s,
         )
+
+    def _submit(self, model: ServedModel, request: GenerateRequest) -> Generation:
+        """To the model's own engine; when that takes nothing any more, to the next one if the tokens mean the same."""
+        client = self.engine.client
+        try:
+            return client.submit(request, engine=model.engine)
+        except ModelChanged:
+            now = self.model()
+            if now.tokenizer is not model.tokenizer:
+                raise
+            return client.submit(request, engine=now.engine)

@@ -25,6 +25,7 @@ class EchoGeneration:
 
     def __init__(self, request: GenerateRequest, *, hold: bool = False, error: str | None = None) -> None:
         self.request = request
+        self.digest = ""
         self.aborted = threading.Event()
         self.events: queue.Queue[Tokens | Finished] = queue.Queue()
         if not hold:
@@ -66,7 +67,7 @@ class EchoClient:
     def wait_ready(self, timeout_s: float | None = None) -> EngineStatus:
         return self.status
 
-    def submit(self, request: GenerateRequest) -> EchoGeneration:
+    def submit(self, request: GenerateRequest, *, engine: int | None = None) -> EchoGeneration:
         if self.refuse is not None:
             raise self.refuse
         self.generations.append(EchoGeneration(request, hold=self.hold, error=self.error))
