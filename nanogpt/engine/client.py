@@ -176,6 +176,12 @@ class EngineClient:
         Raises: ServiceUnavailable when there is no supervisor to ask.
         """
         reply = Reply()
+        self._need()
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._control is not None or self._status.state == "unhealthy" or self._closed,
+                self._settings.engine_wait_s,
+            )
         with self._control_lock:
             if self._control is not None:
                 number = next(self._numbers)
