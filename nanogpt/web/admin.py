@@ -71,7 +71,7 @@ def make_admin_routes(settings: Settings, engine: EngineHandle) -> Blueprint:
 
     @routes.post("/rollback")
     def rollback() -> Response:
-        if request.content_length or "wsgi.input_terminated" in request.environ:
+        if request.content_length or "Transfer-Encoding" in request.headers:
             _parse(EmptyBody, read_json_object(request, settings.max_body_bytes))
         return changed(engine.client.command("rollback"))
 
