@@ -217,7 +217,8 @@ class Engines:
     def _fail(self, entry: Entry, error: NanoGPTError) -> None:
         """The candidate was refused: whoever asked for it learns why, and nothing else happens."""
         entry.set("failed", str(error))
-        logger.error("%s is not served; %s serves on. %s", entry.checkpoint, self.current.what, error)
+        level = logging.INFO if self.state == "draining" else logging.ERROR
+        logger.log(level, "%s is not served; %s serves on. %s", entry.checkpoint, self.current.what, error)
         done, self._done = self._done, None
         self._candidate, self._wanted_digest = None, ""
         if done is not None:
