@@ -103,7 +103,8 @@ def _refusal(status: int, body: bytes, url: str) -> NanoGPTError:
             f"{url} has no admin routes.", remedy="Start the server with ADMIN_KEY set; the key goes into both."
         )
     else:
-        error = NanoGPTError(str(values.get("error") or f"{url} answered {status}."), remedy=values.get("remedy"))
+        message = str(values.get("error") or f"{url} answered {status}")
+        error = NanoGPTError(message.removesuffix(".") + ".", remedy=values.get("remedy"))
     error.exit_code = 2 if status in (400, 401, 404) else 1
     return error
 

@@ -20,7 +20,7 @@ _EXPENDABLE = 500
 class EngineChild:
     """A started engine process. ``status_fd`` becomes readable when it reports; ``poll`` says whether it has ended.
 
-    ``entry`` is the model that it loads. ``terminate_at`` and ``kill_at`` are set by the supervisor (monotonic).
+    ``entry`` is the model that it loads. ``retire_at`` and ``kill_at`` are set by the supervisor (monotonic).
 
     Raises: OSError when no process can be started.
     """
@@ -38,7 +38,7 @@ class EngineChild:
         self.entry = entry
         self.ready = False
         self.has_hung_up = False
-        self.terminate_at: float | None = None
+        self.retire_at: float | None = None
         self.kill_at: float | None = None
         self.error: dict[str, Any] | None = None
         """What it failed with, as ``wire.read_error`` takes it; None when it did not come to say so."""
@@ -72,7 +72,12 @@ class EngineChild:
         return self._process.poll()
 
     def terminate(self) -> None:
+        """Drain within the drain timeout, and end."""
         self._process.terminate()
+
+    def retire(self) -> None:
+        """Finish what runs, however long it takes, and end. One that is not ready has nothing to finish."""
+        self._process.send_signal(signal.SIGUSR1 if self.ready else signal.SIGTERM)
 
     def kill(self, reason: str = "") -> None:
         self._failure = self._failure or reason

@@ -41,6 +41,8 @@ _TOLERATED_DEATHS = 2
 _GRACE_S = 5.0
 # A replaced engine takes requests for so long yet: those that were on their way to it when it was replaced.
 _LINGER_S = 2.0
+# It then has as long as any request may take (the limit of request_timeout_s): every one has a deadline of its own.
+_LONGEST_REQUEST_S = 86_400.0
 
 
 class Engines:
@@ -105,7 +107,7 @@ class Engines:
 
     def next_at(self) -> float | None:
         """When ``tick`` has something to do even if nothing happens before (monotonic)."""
-        times = [self._start_at, *(at for child in self._children() for at in (child.terminate_at, child.kill_at))]
+        times = [self._start_at, *(at for child in self._children() for at in (child.retire_at, child.kill_at))]
         return min((at for at in times if at is not None), default=None)
 
     def tick(self) -> None:
@@ -117,10 +119,10 @@ class Engines:
         if self._start_at is not None and now >= self._start_at:
             self.start()
         for child in self._children():
-            if child.terminate_at is not None and now >= child.terminate_at:
-                child.terminate_at = None
-                child.kill_at = now + float(self._settings["drain_timeout_s"]) + _GRACE_S
-                child.terminate()
+            if child.retire_at is not None and now >= child.retire_at:
+                child.retire_at = None
+                child.kill_at = now + _LONGEST_REQUEST_S
+                child.retire()
             elif child.kill_at is not None and now >= child.kill_at:
                 child.kill_at = None
                 if child is self._candidate:
@@ -145,7 +147,9 @@ class Engines:
             if child is self._candidate:
                 child.kill()
             else:
-                child.terminate_at = time.monotonic()
+                child.retire_at = None
+                child.kill_at = time.monotonic() + float(self._settings["drain_timeout_s"]) + _GRACE_S
+                child.terminate()
 
     @property
     def is_busy(self) -> bool:
@@ -268,7 +272,7 @@ class Engines:
 
     def _retire(self, child: EngineChild) -> None:
         child.entry.set("retired")
-        child.terminate_at = time.monotonic() + (_LINGER_S if child.ready else 0.0)
+        child.retire_at = time.monotonic() + (_LINGER_S if child.ready else 0.0)
         self._ending.append(child)
 
     def _answer(self, done: Done) -> None:

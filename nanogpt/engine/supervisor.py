@@ -41,6 +41,7 @@ from nanogpt.engine.owners import Owners
 logger = logging.getLogger("nanogpt.engine")
 
 _MAX_UNREAD_BYTES = 1 << 20
+_MAX_UNSENT_BYTES = 16 << 20
 
 
 class Supervisor:
@@ -49,7 +50,8 @@ class Supervisor:
     def __init__(self, run_dir: Path, settings: dict[str, Any], engine_argv: list[str]) -> None:
         self._run_dir = run_dir
         self._selector = selectors.DefaultSelector()
-        self._clients: dict[socket.socket, bytearray] = {}
+        self._clients: dict[socket.socket, bytearray] = {}  # what each has sent and is not a whole line yet
+        self._unsent: dict[socket.socket, bytearray] = {}
         self._must_drain = False
         self.owners = Owners(self._selector)
         self.engines = Engines(self._selector, run_dir, settings, engine_argv, self._tell_all)
@@ -100,7 +102,7 @@ class Supervisor:
         timeout = max(0.0, until - time.monotonic()) if until is not None else None
         if self.owners.must_poll:
             timeout = min(1.0, timeout if timeout is not None else 1.0)
-        for key, _ in self._selector.select(timeout):
+        for key, mask in self._selector.select(timeout):
             if key.fileobj is self._listener:
                 self._accept()
             elif key.fileobj is self._wake_in:
@@ -111,7 +113,10 @@ class Supervisor:
             elif key.data is self.engines:
                 self.engines.on_readable(key.fd)
             elif isinstance(key.fileobj, socket.socket):
-                self._read(key.fileobj)
+                if mask & selectors.EVENT_WRITE:
+                    self._tell(key.fileobj, b"")
+                if mask & selectors.EVENT_READ:
+                    self._read(key.fileobj)
 
     # -- clients ---------------------------------------------------------------------------------------------------
 
@@ -129,17 +134,25 @@ class Supervisor:
         except OSError:
             return
         client.setblocking(False)
-        self._clients[client] = bytearray()
+        self._clients[client], self._unsent[client] = bytearray(), bytearray()
         self._selector.register(client, selectors.EVENT_READ)
         self._tell(client, self._state_line())
 
     def _tell(self, client: socket.socket, line: bytes) -> None:
-        """What is told is short and rare: a client whose socket is full has stopped reading, and is dropped."""
+        """Send now what goes, and keep the rest; a client that has stopped reading is dropped."""
+        unsent = self._unsent[client]
+        unsent += line
         try:
-            if client.send(line) < len(line):
-                self._drop(client)
+            del unsent[: client.send(unsent)]
+        except BlockingIOError:
+            pass
         except OSError:
             self._drop(client)
+            return
+        if len(unsent) > _MAX_UNSENT_BYTES:
+            self._drop(client)
+        else:
+            self._selector.modify(client, selectors.EVENT_READ | (selectors.EVENT_WRITE if unsent else 0))
 
     def _read(self, client: socket.socket) -> None:
         if client not in self._clients:
@@ -184,6 +197,7 @@ class Supervisor:
 
     def _drop(self, client: socket.socket) -> None:
         if self._clients.pop(client, None) is not None:
+            del self._unsent[client]
             self._selector.unregister(client)
             client.close()
 

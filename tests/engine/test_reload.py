@@ -86,10 +86,14 @@ def test_a_rollback_is_a_switch_between_engines_that_both_live(serve: Serve) -> 
 
 
 def test_tokens_go_to_the_engine_whose_tokenizer_made_them(serve: Serve) -> None:
-    """Also while another one is published; once that engine takes nothing any more, the caller is told."""
-    served = serve("name=one", drain_timeout_s=1.0)
+    """Also while another one is published; once that engine takes nothing any more, the caller is told.
+
+    What runs on an engine that is replaced twice has all its time: ``drain_timeout_s`` is for the server's end.
+    """
+    served = serve("step_s=0.015,name=one", drain_timeout_s=0.1)
     client = served.client()
     one = client.wait_ready()
+    running = client.submit(request(max_tokens=500))
     reload(client, "name=two")
     eventually(lambda: client.state().model == "two")
     late = client.submit(request(), engine=one.link)
@@ -99,12 +103,13 @@ def test_tokens_go_to_the_engine_whose_tokenizer_made_them(serve: Serve) -> None
 
     def is_refused() -> bool:
         with contextlib.suppress(ModelChanged):
-            collect(client.submit(request(), engine=one.link))
+            collect(client.submit(request(max_tokens=1), engine=one.link))
             return False
         return True
 
     eventually(is_refused)
     assert client.submit(request()).digest == client.state().digest
+    assert collect(running)[1].num_output_tokens == 500
 
 
 def test_never_a_lost_stream(serve: Serve, mark: str) -> None:
