@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from web_support import EchoClient, make_app
+from web_support import ALPHABET, EchoClient, EchoGeneration, make_app
 
 from nanogpt.engine.client import Reply
-from nanogpt.errors import SettingsError
+from nanogpt.engine.messages import GenerateRequest
+from nanogpt.errors import ModelChanged, SettingsError
 from nanogpt.settings import Settings
+from nanogpt.tokenizer import characters
 from nanogpt.web.app import check_settings
 
 ADMIN = {"X-API-Key": "admin-schlüssel".encode().decode("latin-1")}
@@ -126,3 +129,37 @@ def test_settings_that_cannot_be_meant_are_refused(settings: dict[str, Any], say
 
 def test_a_folder_can_be_followed(tmp_path: Path) -> None:
     check_settings(Settings(follow=True, model_checkpoint=str(tmp_path)))
+
+
+class ChangingClient(EchoClient):
+    """Another engine is published between a request's tokenizing and its hand-over; the first takes nothing more."""
+
+    def __init__(self, alphabet: str) -> None:
+        super().__init__()
+        self.status = replace(self.status, link=1, digest="old")
+        self.next = replace(self.status, link=2, digest="new", tokenizer=characters(list(alphabet)).to_spec())
+        self.engines: list[int | None] = []
+
+    def submit(self, request: GenerateRequest, *, engine: int | None = None) -> EchoGeneration:
+        self.engines.append(engine)
+        self.status = self.next
+        if engine == 1:
+            raise ModelChanged("The model was changed at this moment.", remedy="Send the request again.")
+        return super().submit(request, engine=engine)
+
+
+def test_a_request_that_meets_a_change_goes_to_the_next_engine_if_its_tokens_mean_the_same() -> None:
+    client = ChangingClient(ALPHABET)
+    answer = app(client).post("/generate", json={"prompt": "ab", "max_length": 2})
+    assert (answer.status_code, answer.json["generated_text"]) == (200, "abab")
+    assert client.engines == [1, 2]
+
+
+def test_tokens_of_one_tokenizer_never_reach_a_model_with_another() -> None:
+    client = ChangingClient(ALPHABET[::-1])
+    http = app(client)
+    answer = http.post("/generate", json={"prompt": "ab", "max_length": 2})
+    assert (answer.status_code, answer.json["code"]) == (503, "model_changed")
+    assert answer.headers["Retry-After"] == "1"
+    assert http.post("/generate", json={"prompt": "ab", "max_length": 2}).json["generated_text"] == "abab"
+    assert client.engines == [1, 2]
