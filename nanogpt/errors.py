@@ -198,8 +198,31 @@ class EngineDied(ServiceUnavailable):
     code = "engine_died"
 
 
+class ModelChanged(ServiceUnavailable):
+    """The model was changed between the request's tokenizing and its hand-over, and the new one has other tokens."""
+
+    code = "model_changed"
+
+
 class RequestTimeout(ServiceUnavailable):
     """The request's deadline passed before it finished."""
 
     status = 504
     code = "timeout"
+
+
+# -- changes of the model -------------------------------------------------------------------------------------
+
+
+class ReloadConflict(NanoGPTError):
+    """The model cannot be changed now: another change is under way, or there is no model to go back to."""
+
+    status = 409
+    code = "reload_conflict"
+
+
+class ReloadFailed(NanoGPTError):
+    """The new model was not taken into service; the one before serves on. The message says why."""
+
+    status = 422
+    code = "reload_failed"

@@ -98,6 +98,12 @@ class Settings:
     api_key: str = _setting(
         "", "Key that clients send as X-API-Key or Authorization: Bearer. Empty: open.", env="API_KEY", secret=True
     )
+    admin_key: str = _setting(
+        "",
+        "Key of the routes under /admin, another than API_KEY. Empty: those routes do not exist.",
+        env="ADMIN_KEY",
+        secret=True,
+    )
     rate_limit: str = _setting(
         "off",
         "Requests a client may send to the generating routes, for example 10 per minute; or off.",
@@ -174,6 +180,40 @@ class Settings:
     )
     drain_timeout_s: float = _setting(
         60.0, "How long running requests may go on after SIGTERM.", env="NANOGPT_DRAIN_TIMEOUT_S", low=0, high=86_400
+    )
+    standby: bool = _setting(
+        True,
+        "Keep the former model loaded, so that a rollback is a switch. false: one model less in memory.",
+        env="NANOGPT_STANDBY",
+    )
+    reload_timeout_s: float = _setting(
+        600.0,
+        "A new model that is not loaded and tested after this long is given up.",
+        env="NANOGPT_RELOAD_TIMEOUT_S",
+        low=0.1,
+        high=86_400,
+    )
+    follow: bool = _setting(
+        False, "Serve each new checkpoint that appears in the folder that is served.", env="NANOGPT_FOLLOW"
+    )
+    follow_interval_s: float = _setting(
+        5.0,
+        "How often the folder is looked at; a checkpoint is loaded once it stayed the same for so long.",
+        env="NANOGPT_FOLLOW_INTERVAL_S",
+        low=0.05,
+        high=86_400,
+    )
+    follow_loss_text: str = _setting(
+        "",
+        "Text file on which a followed checkpoint's loss must be at most follow_max_loss. Empty: no such gate.",
+        env="NANOGPT_FOLLOW_LOSS_TEXT",
+    )
+    follow_max_loss: float = _setting(
+        0.0,
+        "Highest loss, in nats a token, with which a followed checkpoint is served. 0: no such gate.",
+        env="NANOGPT_FOLLOW_MAX_LOSS",
+        low=0,
+        high=1000,
     )
     run_dir: str = _setting(
         "",

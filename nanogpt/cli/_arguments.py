@@ -94,11 +94,14 @@ _bias.__name__ = "ID=BIAS pair"  # argparse: "invalid ID=BIAS pair value: 'x'"
 def add_setting(group: argparse._ArgumentGroup, name: str) -> None:
     """The flag of one field of Settings. Not given it is None, and the environment, the file or the default counts."""
     field = Settings.__dataclass_fields__[name]
-    choices = field.metadata["choices"] or (("true", "false") if isinstance(field.default, bool) else None)
+    is_switch = isinstance(field.default, bool)
+    choices = field.metadata["choices"] or (("true", "false") if is_switch else None)
     default = str(field.default).lower() or "empty"
     group.add_argument(
         "--" + name.replace("_", "-"),
         choices=choices,
+        nargs="?" if is_switch else None,  # the flag alone means true
+        const="true" if is_switch else None,
         metavar=None if choices else name.rsplit("_", 1)[-1].upper(),
         help=f"{field.metadata['help']} (default {default})".replace("%", "%%"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,17 +10,38 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from nanogpt.engine.history import Entry
+
+# Where memory runs out, the kernel kills what has the highest number: an engine that does not serve, not the one that
+# does.
+_EXPENDABLE = 500
+
 
 class EngineChild:
     """A started engine process. ``status_fd`` becomes readable when it reports; ``poll`` says whether it has ended.
 
+    ``entry`` is the model that it loads. ``retire_at`` and ``kill_at`` are set by the supervisor (monotonic).
+
     Raises: OSError when no process can be started.
     """
 
-    def __init__(self, argv: list[str], settings: dict[str, Any], socket_path: Path) -> None:
+    def __init__(
+        self,
+        argv: list[str],
+        settings: dict[str, Any],
+        socket_path: Path,
+        entry: Entry,
+        *,
+        loss_gate: dict[str, Any] | None = None,
+    ) -> None:
         self.socket_path = socket_path
+        self.entry = entry
         self.ready = False
         self.has_hung_up = False
+        self.retire_at: float | None = None
+        self.kill_at: float | None = None
+        self.error: dict[str, Any] | None = None
+        """What it failed with, as ``wire.read_error`` takes it; None when it did not come to say so."""
         self.status_fd, theirs = os.pipe()
         os.set_blocking(self.status_fd, False)
         self._unread = b""
@@ -33,9 +55,11 @@ class EngineChild:
         finally:
             os.close(theirs)
         self.pid = self._process.pid
-        line = json.dumps({"settings": settings, "socket": str(socket_path), "status_fd": theirs}) + "\n"
+        started = {"settings": settings, "socket": str(socket_path), "status_fd": theirs, "loss_gate": loss_gate}
+        # Smaller than a pipe holds (the text of a gate is limited for this): nobody waits for an engine to read.
+        line = json.dumps(started, ensure_ascii=False) + "\n"
         try:
-            self._stdin.write(line.encode())
+            self._stdin.write(line.encode("utf-8", "surrogateescape"))
             self._stdin.flush()
         except BrokenPipeError:
             pass  # it has ended already; poll will say so
@@ -48,10 +72,23 @@ class EngineChild:
         return self._process.poll()
 
     def terminate(self) -> None:
+        """Drain within the drain timeout, and end."""
         self._process.terminate()
 
-    def kill(self) -> None:
+    def retire(self) -> None:
+        """Finish what runs, however long it takes, and end. One that is not ready has nothing to finish."""
+        self._process.send_signal(signal.SIGUSR1 if self.ready else signal.SIGTERM)
+
+    def kill(self, reason: str = "") -> None:
+        self._failure = self._failure or reason
         self._process.kill()
+
+    def set_expendable(self, expendable: bool) -> None:
+        """Whether the kernel should rather kill this one when memory runs out (Linux; elsewhere nothing happens)."""
+        with contextlib.suppress(OSError, ValueError):
+            own = int(Path("/proc/self/oom_score_adj").read_text())
+            score = min(1000, own + _EXPENDABLE) if expendable else own
+            Path(f"/proc/{self.pid}/oom_score_adj").write_text(str(score))
 
     def read_status(self) -> list[dict[str, Any]]:
         """What it reported since the last time."""
@@ -68,7 +105,7 @@ class EngineChild:
         reports: list[dict[str, Any]] = [json.loads(line) for line in lines]
         for report in reports:
             if report["state"] == "failed":
-                self._failure = report["reason"]
+                self._failure, self.error = report["reason"], report.get("error")
         return reports
 
     def close(self) -> None:

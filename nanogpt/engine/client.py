@@ -1,8 +1,11 @@
-"""The engine as an HTTP worker sees it: requests in, events out, and how the engine is.
+"""The engine as an HTTP worker sees it: requests in, events out, how the engine is, and another model on demand.
 
 One client a process, made after the fork, shared by all its threads. It has one thread of its own, which alone reads
 from the sockets and wakes those who wait; requests are sent by the threads that make them. Needs neither NumPy nor the
 checkpoint: what a worker has to know of the model, the engine's first message says.
+
+New requests go to the engine that the supervisor names (*published* here once it has said hello: until then the one
+before goes on). Links to former engines stay for as long as those live: their requests end on them.
 
     with client.submit(request) as generation:      # raises at once what cannot be; leaving the block aborts the rest
         for event in generation:                    # Tokens …, then one Finished
@@ -19,30 +22,32 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 from nanogpt.engine import wire
 from nanogpt.engine.launch import connect, ensure_supervisor, reap
-from nanogpt.engine.messages import Finished, GenerateRequest, Tokens
+from nanogpt.engine.link import EngineLink
+from nanogpt.engine.link import Events as Events
+from nanogpt.engine.link import Generation as Generation
+from nanogpt.engine.messages import GenerateRequest
 from nanogpt.engine.status import EngineStatus as EngineStatus
 from nanogpt.engine.status import refusal as refusal
-from nanogpt.errors import EngineDied, NanoGPTError, RequestTimeout
+from nanogpt.errors import EngineDied, ModelChanged, NanoGPTError
 from nanogpt.settings import Settings
 
 logger = logging.getLogger("nanogpt.engine")
 
-# The engine keeps every deadline itself; past this much more it is stuck, and waiting ends here.
-_DEADLINE_GRACE_S = 10.0
 # A start that failed is not tried again by every request that comes in the same moment.
 _RETRY_S = 0.5
-# An engine that takes in nothing for so long is given up; it reads between any two steps.
-_SEND_TIMEOUT_S = 30.0
 _READ_BYTES = 1 << 18
+# The supervisor reads its commands at once, or it hangs.
+_CONTROL_TIMEOUT_S = 30.0
+# How long a worker may not have heard yet that an engine which refuses was replaced.
+_NEWS_S = 1.0
 _RESTARTING = "The engine has ended and is started again."
 _NO_SUPERVISOR = {
     "state": "loading",
@@ -52,68 +57,24 @@ _NO_SUPERVISOR = {
 }
 
 
-Events: TypeAlias = "SimpleQueue[Tokens | Finished | NanoGPTError | None]"
-"""What has come for one request and was not taken yet. None: it was accepted."""
+class Reply:
+    """The supervisor's answer to a command, which takes as long as the command. For one thread."""
 
+    def __init__(self) -> None:
+        self._answers: SimpleQueue[dict[str, Any]] = SimpleQueue()
 
-class Generation:
-    """One accepted request. Used by one thread; ``abort`` by any."""
+    def put(self, answer: dict[str, Any]) -> None:
+        self._answers.put(answer)
 
-    def __init__(
-        self, client: EngineClient, engine: socket.socket, number: int, timeout_s: float, events: Events | None = None
-    ) -> None:
-        self._client = client
-        self._engine = engine
-        self._number = number
-        self._deadline = time.monotonic() + timeout_s + _DEADLINE_GRACE_S
-        self._ended = False
-        self.events: Events = SimpleQueue() if events is None else events
-
-    def get(self, timeout: float | None = None) -> Tokens | Finished | None:
-        """The next event, or None when there is none after ``timeout`` seconds (None: the request's own deadline),
-        or none any more.
-
-        Raises: EngineDied at once when the engine is lost; RequestTimeout when it is stuck.
-        """
-        if self._ended:
-            return None
-        left = self._deadline - time.monotonic()
+    def get(self, timeout_s: float) -> dict[str, Any] | None:
+        """None while there is none. Raises: NanoGPTError, whatever the command was refused with."""
         try:
-            event = self.events.get(timeout=max(0.0, left if timeout is None else min(timeout, left)))
+            answer = self._answers.get(timeout=timeout_s)
         except Empty:
-            if time.monotonic() < self._deadline:
-                return None
-            self.abort()
-            raise RequestTimeout("The engine did not finish the request in time.") from None
-        if isinstance(event, NanoGPTError):
-            self._ended = True
-            raise event
-        if isinstance(event, Finished):
-            self._ended = True
-        return event
-
-    def wait_accepted(self) -> None:
-        """Needed once after ``send``. Raises: what the engine refuses the request with."""
-        self.get()
-
-    def __iter__(self) -> Iterator[Tokens | Finished]:
-        while not self._ended:
-            event = self.get()
-            if event is not None:
-                yield event
-
-    def abort(self) -> None:
-        """Nobody wants the rest: the engine ends it between two steps, and a Finished says so. May come too late."""
-        if not self._ended:
-            self._client._send(self._engine, [wire.ABORT, self._number])
-
-    def __enter__(self) -> Generation:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.abort()
+            return None
+        if "error" in answer:
+            raise wire.read_error(answer["error"])
+        return answer
 
 
 class EngineClient:
@@ -124,19 +85,17 @@ class EngineClient:
         self._argv: dict[str, Any] = {} if engine_argv is None else {"engine_argv": engine_argv}
         self._changed = threading.Condition()
         self._status = EngineStatus(reason="The engine is starting.")
-        self._pending: dict[int, Generation] = {}
-        self._numbers = itertools.count()
+        self._links: dict[socket.socket, EngineLink] = {}
+        self._published: EngineLink | None = None
+        self._numbers = itertools.count(1)
         self._closed = False
         self._wanted = True
         self._start_at = 0.0
-        self._send_lock = threading.Lock()
-        self._engine: socket.socket | None = None
-        self._engine_path: str | None = None
-        self._frames = wire.Frames()
-        self._hello: dict[str, Any] | None = None
         self._supervised: dict[str, Any] = {**_NO_SUPERVISOR, "reason": "The engine is starting.", "restarts": 0}
         self._control: socket.socket | None = None
         self._control_buffer = b""
+        self._control_lock = threading.Lock()
+        self._replies: dict[int, Reply] = {}
         self._selector = selectors.DefaultSelector()
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -164,35 +123,89 @@ class EngineClient:
                     return self._status
                 self._changed.wait(min(left, _RETRY_S))
 
-    def submit(self, request: GenerateRequest) -> Generation:
+    def submit(self, request: GenerateRequest, *, engine: int | None = None) -> Generation:
         """Hand a request to the engine, waiting for one that is starting.
 
-        Raises: InvalidRequest, QueueFull, EngineLoading, EngineDraining, EngineUnhealthy or EngineDied, before
-        anything was generated.
-        """
-        generation = self.send(request)
-        # The engine's answer comes before its next step; None stands for "accepted".
-        generation.wait_accepted()
-        return generation
+        ``engine`` is ``EngineStatus.link`` of the engine whose tokenizer made the request's tokens: it goes to that one
+        or to none. Without it, to whichever is published.
 
-    def send(self, request: GenerateRequest, events: Events | None = None) -> Generation:
+        Raises: InvalidRequest, QueueFull, EngineLoading, EngineDraining, EngineUnhealthy, EngineDied or, where
+        ``engine`` was given and takes nothing any more, ModelChanged; before anything was generated.
+        """
+        until = time.monotonic() + self._settings.engine_wait_s
+        while True:
+            generation = self.send(request, engine=engine, wait_s=until - time.monotonic())
+            try:
+                generation.wait_accepted()
+            except ModelChanged:
+                if engine is not None:
+                    raise
+                continue  # the next turn asks the engine that took over
+            return generation
+
+    def send(
+        self,
+        request: GenerateRequest,
+        events: Events | None = None,
+        *,
+        engine: int | None = None,
+        wait_s: float | None = None,
+    ) -> Generation:
         """The first half of ``submit``, for who has several requests: send them all, then ``wait_accepted`` of each.
         ``events`` is where the news of this request goes.
 
-        Raises: EngineLoading, EngineDraining, EngineUnhealthy.
+        Raises: EngineLoading, EngineDraining, EngineUnhealthy, ModelChanged.
         """
-        until = time.monotonic() + self._settings.engine_wait_s
-        generation = None
-        while generation is None:
-            status = self.wait_ready(until - time.monotonic())
-            if status.state != "ready":
-                raise refusal(status)
+        until = time.monotonic() + (self._settings.engine_wait_s if wait_s is None else wait_s)
+        while True:
+            link = self._link(engine, until)
+            generation = link.submit(request, events) if link is not None else None
+            if generation is not None:  # else the engine has died in this very moment
+                return generation
+
+    def _link(self, engine: int | None, until: float) -> EngineLink | None:
+        """The engine to ask. Raises: ServiceUnavailable when there is none."""
+        if engine is not None and self._status.state != "draining":
             with self._changed:
-                if self._engine is not None:  # else it has died in this very moment
-                    generation = Generation(self, self._engine, next(self._numbers), request.timeout_s, events)
-                    self._pending[generation._number] = generation
-        self._send(generation._engine, wire.submit_message(generation._number, request))
-        return generation
+                link = next((link for link in self._links.values() if link.number == engine), None)
+            if link is None or link.ended or link.refuses:
+                raise ModelChanged("The model was changed at this moment.", remedy="Send the request again.")
+            return link
+        status = self.wait_ready(until - time.monotonic())
+        if status.state != "ready":
+            raise refusal(status)
+        return self._published
+
+    def _was_replaced(self, link: EngineLink) -> bool:
+        """Whether an engine that refuses does so because another serves by now; this process may hear of it later."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: link.superseded or link.ended or self._status.state == "draining" or self._closed, _NEWS_S
+            )
+            link.refuses = link.superseded
+            return link.superseded
+
+    def command(self, name: str, **fields: Any) -> Reply:
+        """Have the supervisor do something: ``reload``, ``rollback``, ``models``.
+
+        Raises: ServiceUnavailable when there is no supervisor to ask.
+        """
+        reply = Reply()
+        self._need()
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._control is not None or self._status.state == "unhealthy" or self._closed,
+                self._settings.engine_wait_s,
+            )
+        with self._control_lock:
+            if self._control is not None:
+                number = next(self._numbers)
+                self._replies[number] = reply
+                line = json.dumps({"id": number, "command": name, **fields}, ensure_ascii=False) + "\n"
+                with contextlib.suppress(OSError):  # the reading thread sees the end, and answers
+                    self._control.sendall(line.encode("utf-8", "surrogateescape"))
+                return reply
+        raise refusal(self.state())
 
     def close(self) -> None:
         """Disconnect; requests that are still in the engine are aborted by it."""
@@ -211,18 +224,6 @@ class EngineClient:
         with contextlib.suppress(OSError):
             self._wake_out.send(b"!")
 
-    def _send(self, engine: socket.socket, message: list[Any]) -> None:
-        """To this engine and no other: if it is gone, the reading thread has ended its requests."""
-        frame = wire.pack(message)
-        with self._send_lock:
-            if self._engine is engine:
-                try:
-                    engine.sendall(frame)
-                except OSError:
-                    # Half a message may have gone: nothing more can follow it. The reading thread sees the end.
-                    with contextlib.suppress(OSError):
-                        engine.shutdown(socket.SHUT_RDWR)
-
     # -- the client's own thread -----------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -230,8 +231,7 @@ class EngineClient:
             while not self._closed:
                 self._turn()
         finally:
-            self._lose_engine()
-            self._lose_control()
+            self._lose_all()
             self._selector.close()
             self._wake_in.close()
             self._wake_out.close()
@@ -243,15 +243,19 @@ class EngineClient:
             for key, _ in self._selector.select():
                 if key.fileobj is self._wake_in:
                     self._wake_in.recv(4096)
-                elif key.fileobj is self._engine:
-                    self._read_engine()
                 elif key.fileobj is self._control:
                     self._read_control()
+                elif isinstance(key.data, EngineLink) and not key.data.ended:
+                    self._read_link(key.data)
         except Exception:
             # Whatever it was, nobody may wait for ever: begin again with new connections.
             logger.exception("The connection to the engine is made anew.")
-            self._lose_engine()
-            self._lose_control()
+            self._lose_all()
+
+    def _lose_all(self) -> None:
+        for link in list(self._links.values()):
+            self._lose_link(link)
+        self._lose_control()
 
     def _connect_control(self) -> None:
         self._start_at = time.monotonic() + _RETRY_S
@@ -264,6 +268,7 @@ class EngineClient:
             return
         finally:
             self._wanted = False  # the needs that came meanwhile are met, too
+        control.settimeout(_CONTROL_TIMEOUT_S)
         self._control, self._control_buffer = control, b""
         self._selector.register(control, selectors.EVENT_READ)
 
@@ -278,115 +283,95 @@ class EngineClient:
             return
         *lines, self._control_buffer = (self._control_buffer + data).split(b"\n")
         for line in lines:
-            self._on_state(json.loads(line))
+            values = json.loads(line)
+            if "reply" in values:
+                with self._control_lock:
+                    reply = self._replies.pop(values["reply"])
+                reply.put(values)
+            else:
+                self._supervised = values
+                self._choose()
 
-    def _on_state(self, values: dict[str, Any]) -> None:
-        self._supervised = values
-        self._follow_engine()
+    def _choose(self) -> None:
+        """Publish the engine that the supervisor names, as soon as it has said hello."""
+        path = self._supervised["engine"]
+        link = next((link for link in self._links.values() if link.path == path), None)
+        if link is None and path is not None:
+            # Where it has just died, the supervisor will say so.
+            with contextlib.suppress(OSError):
+                link = EngineLink(next(self._numbers), path)
+                link.was_replaced = partial(self._was_replaced, link)
+                with self._changed:
+                    self._links[link.socket] = link
+                self._selector.register(link.socket, selectors.EVENT_READ, link)
+        if path is None or (link is not None and link.hello):
+            with self._changed:
+                if self._published is not None and link is not None and link is not self._published:
+                    self._published.superseded = True
+                self._published = link
+                if link is not None:
+                    link.superseded = link.refuses = False
         self._set_state()
 
-    def _follow_engine(self) -> None:
-        """Be connected to the engine that the supervisor names, if it names one."""
-        path = self._supervised["engine"]
-        if path == self._engine_path:
+    def _read_link(self, link: EngineLink) -> None:
+        messages = link.read()
+        if messages is None:
+            self._lose_link(link)
+            self._choose()
             return
-        self._lose_engine()
-        if path is None:
-            return
-        try:
-            engine = connect(Path(path))
-        except OSError:
-            return  # it has just died; the supervisor will say so
-        engine.settimeout(_SEND_TIMEOUT_S)
-        self._frames = wire.Frames()
-        self._engine_path = path
-        with self._changed:
-            self._engine = engine
-        self._selector.register(engine, selectors.EVENT_READ)
-
-    def _read_engine(self) -> None:
-        assert self._engine is not None
-        try:
-            data = self._engine.recv(_READ_BYTES)
-        except OSError:
-            data = b""
-        if not data:
-            self._lose_engine()
-            self._follow_engine()
-            self._set_state()
-            return
-        self._frames.feed(data)
-        for message in self._frames:
-            kind = message[0]
-            if kind == wire.NEWS:
-                self._on_news(message)
-            elif kind == wire.STATS:
-                self._set_status(stats=message[1])
-            elif kind == wire.HELLO:
-                self._hello = message[1]
-                if self._hello.pop("version") != wire.VERSION:
+        for message in messages:
+            if message[0] == wire.STATS:
+                link.stats = message[1]
+                if link is self._published:
+                    self._set_status(stats=link.stats)
+            elif message[0] == wire.HELLO:
+                if message[1].pop("version") != wire.VERSION:
                     raise ValueError("the engine is of another version than this process: restart the server")
-                self._set_state()
+                link.hello = message[1]
+                self._choose()
 
-    def _on_news(self, message: list[Any]) -> None:
-        _, accepted, refused, tokens, finished = message
-        pending = self._pending
-        for number in accepted:
-            pending[number].events.put(None)
-        for number, error in refused:
-            pending.pop(number).events.put(wire.read_error(error))
-        for number, token_ids, logprobs in zip(tokens[::3], tokens[1::3], tokens[2::3], strict=True):
-            pending[number].events.put(wire.read_tokens(token_ids, logprobs))
-        for number, fields in finished:
-            pending.pop(number).events.put(wire.read_finished(fields))
-
-    def _lose_engine(self) -> None:
+    def _lose_link(self, link: EngineLink) -> None:
         """The engine's connection has ended: so have all requests that were in it."""
         with self._changed:
-            engine, self._engine = self._engine, None
-            lost, self._pending = self._pending, {}
-            self._engine_path = None
-            self._hello = None
-            # Together with the engine: whoever is told of its end and asks again, waits for the next one.
-            if self._status.state == "ready":
-                self._status = replace(self._status, state="loading", reason=_RESTARTING)
-        if engine is not None:
-            self._selector.unregister(engine)
-            with contextlib.suppress(OSError):
-                engine.shutdown(socket.SHUT_RDWR)  # whoever is just sending to it stops
-            with self._send_lock:
-                engine.close()
-        for generation in lost.values():
-            generation.events.put(_engine_died())
+            if link is self._published:
+                self._published = None
+                # Together with the engine: whoever is told of its end and asks again, waits for the next one.
+                if self._status.state == "ready":
+                    self._status = replace(self._status, state="loading", reason=_RESTARTING)
+            del self._links[link.socket]
+        self._selector.unregister(link.socket)
+        link.end()
 
     def _lose_control(self) -> None:
         """The supervisor has ended, and with it the engine. The next need starts another."""
         if self._control is not None:
             self._selector.unregister(self._control)
-            self._control.close()
-            self._control = None
+            with self._control_lock:
+                self._control.close()
+                self._control = None
+                lost, self._replies = self._replies, {}
+            error = wire.error_to_wire(EngineDied("The engine's supervisor has ended."))
+            for reply in lost.values():
+                reply.put({"error": error})
             self._supervised = {**self._supervised, **_NO_SUPERVISOR}
             self._set_state()
         reap()
 
     def _set_state(self) -> None:
         """The supervisor's word, but ``ready`` only when the engine itself has said hello."""
-        state, reason, hello = self._supervised["state"], self._supervised["reason"], self._hello or {}
-        if state == "ready" and not hello:
+        state, reason, link = self._supervised["state"], self._supervised["reason"], self._published
+        if state == "ready" and link is None:
             state, reason = "loading", _RESTARTING
+        about = {} if link is None else {"link": link.number, "stats": link.stats, **link.hello}
         self._set_status(
             state=state,
             reason=reason,
             restarts=self._supervised["restarts"],
             engine_pid=self._supervised["engine_pid"],
-            **hello,
+            **about,
         )
 
     def _set_status(self, **values: Any) -> None:
         with self._changed:
             self._status = replace(self._status, **values)
             self._changed.notify_all()
-
-
-def _engine_died() -> EngineDied:
-    return EngineDied("The engine ended while it worked on this request.", remedy="Send the request again.")

@@ -1,9 +1,10 @@
 """The engine process: ``python -m nanogpt.engine.process``, started by the supervisor and by nobody else.
 
-It reads one line of JSON from its standard input (settings, path of its socket, number of the status pipe), loads the
-checkpoint, listens, and says on the status pipe how far it is: one JSON object a line with ``state`` (``loading``,
-``ready``, ``failed``) and ``reason``. Its standard input stays open for as long as the supervisor lives; when that
-ends, however it ends, so does this process, at once. SIGTERM drains.
+It reads one line of JSON from its standard input (settings, path of its socket, number of the status pipe, a loss gate
+or none), loads the checkpoint, tests it, listens, and says on the status pipe how far it is: one JSON object a line
+with ``state`` (``loading``, ``ready``, ``failed``), ``reason``, and ``model`` or ``error``. Its standard input stays
+open for as long as the supervisor lives; when that ends, however it ends, so does this process, at once. SIGTERM
+drains.
 
 Exit codes: 0 drained, 1 the runner was lost or something unforeseen happened, 2 the checkpoint or a setting is wrong.
 """
@@ -25,9 +26,11 @@ from functools import partial
 from typing import Any
 
 from nanogpt import logs
+from nanogpt.engine import gates
 from nanogpt.engine.core import Engine
 from nanogpt.engine.grammar import Grammars
 from nanogpt.engine.server import EngineServer
+from nanogpt.engine.wire import error_to_wire
 from nanogpt.errors import NanoGPTError
 from nanogpt.runner.base import Runner
 from nanogpt.settings import Settings
@@ -93,9 +96,10 @@ def main(load: Callable[[Settings], Model] = load_model) -> int:
         status.say("loading", f"Loading {settings.model_checkpoint or 'the embedded model'}.")
         since = time.monotonic()
         model = load(settings)
+        test(model, started.get("loss_gate"))
         serve(settings, model, started["socket"], status, since)
     except NanoGPTError as error:
-        status.say("failed", str(error))
+        status.say("failed", str(error), error=error_to_wire(error))
         return 2 if error.exit_code == 2 else 1
     except MemoryError:
         status.say("failed", "There is not enough memory for this checkpoint with these settings.")
@@ -105,6 +109,14 @@ def main(load: Callable[[Settings], Model] = load_model) -> int:
         status.say("failed", f"{type(error).__name__}: {error}")
         return 1
     return 0
+
+
+def test(model: Model, gate: dict[str, Any] | None) -> None:
+    """Before anybody is served. Raises: NanoGPTError when the model computes nothing sensible or fails the gate."""
+    gates.smoke_test(model.runner, model.eos_token_id or 0)
+    if gate is not None:
+        loss = gates.loss_gate(model.runner, tokenizer_from_spec(model.tokenizer_spec), gate)
+        logger.info("%s: the loss on the gate's text is %.4f.", model.name, loss)
 
 
 def serve(settings: Settings, model: Model, path: str, status: StatusPipe, since: float) -> None:
@@ -140,7 +152,9 @@ def serve(settings: Settings, model: Model, path: str, status: StatusPipe, since
         gc.freeze()
         where = f"{runner.device}, {runner.name}, {runner.precision}"
         logger.info("Ready: %s on %s after %.1f s.", model.name, where, time.monotonic() - since)
-        status.say("ready", "")
+        path = model.card.get("path", settings.model_checkpoint)
+        about = {"name": model.name, "path": path, "digest": model.digest, "card": model.card}
+        status.say("ready", "", model=about)
         server.run()
     runner.close()
     logger.info("Drained: %s ends.", model.name)
@@ -153,9 +167,9 @@ class StatusPipe:
         os.set_inheritable(fd, False)
         self._file = os.fdopen(fd, "w", encoding="utf-8")
 
-    def say(self, state: str, reason: str) -> None:
+    def say(self, state: str, reason: str, **more: Any) -> None:
         try:
-            self._file.write(json.dumps({"state": state, "reason": reason}) + "\n")
+            self._file.write(json.dumps({"state": state, "reason": reason, **more}) + "\n")
             self._file.flush()
         except BrokenPipeError:
             os._exit(1)  # there is no supervisor any more

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import selectors
 import signal
 import socket
@@ -25,8 +26,8 @@ from nanogpt.errors import InvalidRequest, NanoGPTError
 
 logger = logging.getLogger("nanogpt.engine")
 
-# What a connection may leave unread before it is dropped: minutes of tokens. No less than a frame: a batch of prompts that
-# end together with their log probabilities (20 alternatives a token: 300 KB a prompt) fill a good part of one.
+# What a connection may leave unread before it is dropped: minutes of tokens. No less than a frame: a batch of prompts
+# that end together with their log probabilities (20 alternatives a token: 300 KB a prompt) fill a good part of one.
 MAX_UNREAD_BYTES = wire.MAX_FRAME_BYTES
 STATS_INTERVAL_S = 0.25
 _READ_BYTES = 1 << 18
@@ -95,16 +96,18 @@ class EngineServer:
         self._selector.register(self._wake_in, selectors.EVENT_READ)
 
     def install_signal_handlers(self) -> None:
-        """SIGTERM and SIGINT drain: what was accepted is finished, the rest is refused."""
+        """SIGTERM and SIGINT drain: what was accepted is finished, the rest is refused. SIGUSR1 does so without haste:
+        another engine has taken over, and nobody waits for this one's end."""
         self._handles_signals = True
         signal.set_wakeup_fd(self._wake_out.fileno())
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: self.drain())
+        signal.signal(signal.SIGUSR1, lambda number, frame: self.drain(math.inf))
 
-    def drain(self) -> None:
+    def drain(self, timeout_s: float | None = None) -> None:
         """Refuse new requests, finish the running ones, then let ``run`` return. May be called by any thread."""
-        if self._drain_until is None:
-            self._drain_until = time.monotonic() + self._drain_timeout_s
+        until = time.monotonic() + (self._drain_timeout_s if timeout_s is None else timeout_s)
+        self._drain_until = until if self._drain_until is None else min(self._drain_until, until)
         self._engine.draining = True
         with contextlib.suppress(OSError):
             self._wake_out.send(b"!")
@@ -138,7 +141,7 @@ class EngineServer:
 
     def _sleep_s(self, now: float) -> float | None:
         """How long there is nothing to do but to wait for news; None is for ever."""
-        until = [self._drain_until] if self._drain_until is not None else []
+        until = [self._drain_until] if self._drain_until is not None and self._drain_until < math.inf else []
         if self._stats_changed:
             until.append(self._stats_due)
         return max(0.0, min(until) - now) if until else None

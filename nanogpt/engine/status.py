@@ -17,6 +17,8 @@ class EngineStatus:
     reason: str = ""
     restarts: int = 0
     engine_pid: int | None = None
+    link: int | None = None
+    """Which engine this is, for ``EngineClient.submit``: no two of a process's life have the same number."""
     model: str | None = None
     device: str | None = None
     precision: str | None = None

@@ -1,17 +1,20 @@
-"""The supervisor process: ``python -m nanogpt.engine.supervisor``. It owns the engine's life, and nothing else.
+"""The supervisor process: ``python -m nanogpt.engine.supervisor``. It owns the engines' lives, and nothing else.
 
 Light on purpose (no NumPy, no Flask), so that it outlives whatever kills an engine. One thread, one ``select``:
 
-- It starts the engine, starts it again when it dies (at once the first time, then with a growing pause of up to 30 s),
-  and kills it when it is to end.
+- Its ``Engines`` start engine processes, start them again when they die, change the model, and end them.
 - It lives as long as one of its *owners* does (the HTTP server's arbiter, or whoever started it), however they die.
 - Whoever connects to ``control.sock`` is told the state, now and at every change: one JSON object a line with
   ``state`` (``loading``, ``ready``, ``draining``, ``unhealthy``), ``reason``, ``restarts`` and ``engine``, the path of
-  the engine's socket while it is ready. A client may send commands, one JSON object a line: ``{"owner": pid}``.
+  the current engine's socket while it is ready.
+- A client may send commands, one JSON object a line: ``{"owner": pid}``, or one with an id, which gets one reply:
 
-Each engine gets a socket of its own (``engine-<n>.sock``), so that two can live side by side while one takes over.
+      {"id": 7, "command": "reload", "checkpoint": …, "who": …, "loss_gate": {"text": …, "max_loss": …} or null}
+      {"id": 8, "command": "rollback"}     {"id": 9, "command": "models"}
+      {"reply": 7, "model": {…}, …}        {"reply": 8, "error": {…}}
+
 Started by ``launch.py`` with one line of JSON on standard input; answers ``{"pid": …}`` on standard output once it
-listens. SIGTERM drains the engine, then ends.
+listens. SIGTERM drains the engines, then ends.
 """
 
 from __future__ import annotations
@@ -31,41 +34,28 @@ from types import FrameType
 from typing import Any
 
 from nanogpt import logs
-from nanogpt.engine.child import EngineChild
-from nanogpt.engine.messages import EngineState
+from nanogpt.engine.engines import Engines
+from nanogpt.engine.follow import Follower
 from nanogpt.engine.owners import Owners
 
 logger = logging.getLogger("nanogpt.engine")
 
-MAX_PAUSE_S = 30.0
-# An engine that was ready for so long starts with a clean slate when it dies.
-STABLE_S = 60.0
-# More deaths than this in a row, and the state is unhealthy rather than loading.
-_TOLERATED_DEATHS = 2
-# What an engine may need beyond its own drain timeout before it is killed.
-_GRACE_S = 5.0
 _MAX_UNREAD_BYTES = 1 << 20
+_MAX_UNSENT_BYTES = 16 << 20
 
 
 class Supervisor:
-    """One engine and those who want to know how it is."""
+    """The engines, and those who want to know how they are or have the model changed."""
 
     def __init__(self, run_dir: Path, settings: dict[str, Any], engine_argv: list[str]) -> None:
         self._run_dir = run_dir
-        self._settings = settings
-        self._engine_argv = engine_argv
         self._selector = selectors.DefaultSelector()
-        self._clients: dict[socket.socket, bytearray] = {}
-        self._engine: EngineChild | None = None
-        self._num_started = 0
-        self._num_deaths = 0
-        self._start_at: float | None = None
-        self._ready_since: float | None = None
-        self._kill_at: float | None = None
+        self._clients: dict[socket.socket, bytearray] = {}  # what each has sent and is not a whole line yet
+        self._unsent: dict[socket.socket, bytearray] = {}
         self._must_drain = False
-        self.state: EngineState = "loading"
-        self.reason = ""
         self.owners = Owners(self._selector)
+        self.engines = Engines(self._selector, run_dir, settings, engine_argv, self._tell_all)
+        self._follower = Follower(self.engines, settings) if settings["follow"] else None
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(run_dir / "control.sock"))
         self._listener.listen(128)
@@ -84,47 +74,35 @@ class Supervisor:
 
     def run(self) -> None:
         """Until drained, or until the last owner is gone."""
-        self._start_engine()
+        if self._follower is not None:
+            self._follower.begin()
+        self.engines.start()
         try:
             while True:
                 self._take_in()
                 if self._must_drain:
-                    self._drain()
-                if self._engine is not None and self._engine.poll() is not None:
-                    self._on_death(self._engine)
+                    self.engines.drain()
+                self.engines.tick()
                 if self.owners.all_gone():
                     logger.info("The server that this engine belongs to is gone: the engine ends.")
                     return
-                if self.state == "draining" and self._engine is None:
+                if self.engines.state == "draining" and self.engines.all_ended:
                     return
-                now = time.monotonic()
-                if self._start_at is not None and now >= self._start_at:
-                    self._start_engine()
-                if self._kill_at is not None and now >= self._kill_at and self._engine is not None:
-                    logger.warning("The engine did not drain in time and is killed.")
-                    self._engine.kill()
+                if self._follower is not None:
+                    self._follower.tick()
         finally:
             self._close()
 
     def _on_term(self, number: int, frame: FrameType | None) -> None:
         self._must_drain = True
 
-    def _drain(self) -> None:
-        """Let the engine finish what it has, then end."""
-        self._must_drain = False
-        if self.state != "draining":
-            self._kill_at = time.monotonic() + float(self._settings["drain_timeout_s"]) + _GRACE_S
-            self._start_at = None
-            self._publish("draining", "The server is shutting down.")
-            if self._engine is not None:
-                self._engine.terminate()
-
     def _take_in(self) -> None:
-        times = [at for at in (self._start_at, self._kill_at) if at is not None]
-        timeout = max(0.0, min(times) - time.monotonic()) if times else None
+        times = [self.engines.next_at(), self._follower.next_at if self._follower is not None else None]
+        until = min((at for at in times if at is not None), default=None)
+        timeout = max(0.0, until - time.monotonic()) if until is not None else None
         if self.owners.must_poll:
             timeout = min(1.0, timeout if timeout is not None else 1.0)
-        for key, _ in self._selector.select(timeout):
+        for key, mask in self._selector.select(timeout):
             if key.fileobj is self._listener:
                 self._accept()
             elif key.fileobj is self._wake_in:
@@ -132,86 +110,23 @@ class Supervisor:
                     self._wake_in.recv(4096)
             elif key.data is self.owners:
                 self.owners.on_readable(key.fd)
+            elif key.data is self.engines:
+                self.engines.on_readable(key.fd)
             elif isinstance(key.fileobj, socket.socket):
-                self._read(key.fileobj)
-            elif self._engine is not None and key.fileobj == self._engine.status_fd:
-                self._read_status(self._engine)
-
-    # -- the engine ------------------------------------------------------------------------------------------------
-
-    def _start_engine(self) -> None:
-        self._start_at = None
-        self._num_started += 1
-        path = self._run_dir / f"engine-{self._num_started}.sock"
-        try:
-            self._engine = EngineChild(self._engine_argv, self._settings, path)
-        except OSError as error:
-            self._start_again(f"The engine process cannot be started: {error.strerror}.", was_ready=False)
-            return
-        self._selector.register(self._engine.status_fd, selectors.EVENT_READ)
-        logger.debug("The engine starts as process %d.", self._engine.pid)
-        self._publish(self.state, self.reason)
-
-    def _read_status(self, engine: EngineChild) -> None:
-        had_hung_up = engine.has_hung_up
-        reports = engine.read_status()
-        if engine.has_hung_up and not had_hung_up:
-            self._selector.unregister(engine.status_fd)
-        for status in reports:
-            if status["state"] == "ready" and self.state != "draining":
-                engine.ready = True
-                self._ready_since = time.monotonic()
-                self._publish("ready", "")
-            elif status["state"] == "loading" and self.state == "loading":
-                self._publish("loading", status["reason"])
-
-    def _on_death(self, engine: EngineChild) -> None:
-        """The engine has ended: say so, and set the time of the next start."""
-        self._read_status(engine)
-        self._let_go(engine)
-        self._kill_at = None
-        if self.state != "draining":
-            self._start_again(engine.reason, was_ready=engine.ready)
-
-    def _start_again(self, reason: str, *, was_ready: bool) -> None:
-        now = time.monotonic()
-        if self._ready_since is not None and now - self._ready_since >= STABLE_S:
-            self._num_deaths = 0
-        self._ready_since = None
-        self._num_deaths += 1
-        pause = pause_s(self._num_deaths, was_ready)
-        self._start_at = now + pause
-        logger.error("%s It is started again%s.", reason, f" in {pause:g} s" if pause else "")
-        healthy = was_ready and self._num_deaths <= _TOLERATED_DEATHS
-        self._publish("loading" if healthy else "unhealthy", reason)
-
-    def _let_go(self, engine: EngineChild) -> None:
-        if not engine.has_hung_up:
-            self._selector.unregister(engine.status_fd)
-        engine.close()
-        self._engine = None
+                if mask & selectors.EVENT_WRITE:
+                    self._tell(key.fileobj, b"")
+                if mask & selectors.EVENT_READ:
+                    self._read(key.fileobj)
 
     # -- clients ---------------------------------------------------------------------------------------------------
 
-    def _publish(self, state: EngineState, reason: str) -> None:
-        self.state, self.reason = state, reason
+    def _tell_all(self) -> None:
         line = self._state_line()
         for client in list(self._clients):
             self._tell(client, line)
 
     def _state_line(self) -> bytes:
-        engine = self._engine
-        # While draining, those who have requests in the engine keep their connections.
-        path = str(engine.socket_path) if engine is not None and engine.ready else None
-        values = {
-            "state": self.state,
-            "reason": self.reason,
-            "restarts": max(0, self._num_started - 1),
-            "engine": path,
-            "engine_pid": engine.pid if engine is not None else None,
-            "pid": os.getpid(),
-        }
-        return json.dumps(values).encode() + b"\n"
+        return json.dumps({**self.engines.describe(), "pid": os.getpid()}).encode() + b"\n"
 
     def _accept(self) -> None:
         try:
@@ -219,17 +134,25 @@ class Supervisor:
         except OSError:
             return
         client.setblocking(False)
-        self._clients[client] = bytearray()
+        self._clients[client], self._unsent[client] = bytearray(), bytearray()
         self._selector.register(client, selectors.EVENT_READ)
         self._tell(client, self._state_line())
 
     def _tell(self, client: socket.socket, line: bytes) -> None:
-        """States are short and rare: a client whose socket is full has stopped reading, and is dropped."""
+        """Send now what goes, and keep the rest; a client that has stopped reading is dropped."""
+        unsent = self._unsent[client]
+        unsent += line
         try:
-            if client.send(line) < len(line):
-                self._drop(client)
+            del unsent[: client.send(unsent)]
+        except BlockingIOError:
+            pass
         except OSError:
             self._drop(client)
+            return
+        if len(unsent) > _MAX_UNSENT_BYTES:
+            self._drop(client)
+        else:
+            self._selector.modify(client, selectors.EVENT_READ | (selectors.EVENT_WRITE if unsent else 0))
 
     def _read(self, client: socket.socket) -> None:
         if client not in self._clients:
@@ -248,23 +171,38 @@ class Supervisor:
             *lines, rest = bytes(buffer).split(b"\n")
             buffer[:] = rest
             for line in lines:
-                self._command(json.loads(line))
+                self._command(client, json.loads(line))
         except (ValueError, TypeError, KeyError):
             self._drop(client)
 
-    def _command(self, command: dict[str, Any]) -> None:
+    def _command(self, client: socket.socket, command: dict[str, Any]) -> None:
+        """Raises: ValueError, TypeError or KeyError for what is no command."""
         if "owner" in command:
             self.owners.add(int(command["owner"]))
+            return
+        number, name = int(command["id"]), command["command"]
+
+        def done(result: dict[str, Any]) -> None:
+            if client in self._clients:  # it may have left meanwhile; what it asked for goes on
+                self._tell(client, json.dumps({"reply": number, **result}).encode() + b"\n")
+
+        if name == "reload":
+            self.engines.reload(str(command["checkpoint"]), str(command["who"]), command.get("loss_gate"), done)
+        elif name == "rollback":
+            self.engines.rollback(done)
+        elif name == "models":
+            done({"models": self.engines.history.to_list()})
+        else:
+            raise ValueError(f"the command {name!r}")
 
     def _drop(self, client: socket.socket) -> None:
         if self._clients.pop(client, None) is not None:
+            del self._unsent[client]
             self._selector.unregister(client)
             client.close()
 
     def _close(self) -> None:
-        if self._engine is not None:
-            self._engine.kill()
-            self._let_go(self._engine)
+        self.engines.close()
         for client in list(self._clients):
             self._drop(client)
         self.owners.close()
@@ -273,16 +211,6 @@ class Supervisor:
         for end in (self._listener, self._wake_in, self._wake_out):
             end.close()
         remove_sockets(self._run_dir)
-
-
-def pause_s(num_deaths: int, was_ready: bool) -> float:
-    """How long to wait before the next start, after so many deaths in a row: 0 1 2 4 … seconds.
-
-    One that was never ready is not started at once: the same would happen again.
-    """
-    if num_deaths == 1 and was_ready:
-        return 0.0
-    return min(MAX_PAUSE_S, 2.0 ** (min(num_deaths, 10) - (2 if was_ready else 1)))
 
 
 def remove_sockets(run_dir: Path) -> None:

@@ -7,6 +7,7 @@ line in ``routes``. Making the app starts nothing: the engine is asked for when 
 from __future__ import annotations
 
 import logging
+import os
 
 from flask import Flask, Response, g, request
 
@@ -15,7 +16,8 @@ from nanogpt.engine.client import EngineClient
 from nanogpt.errors import SettingsError
 from nanogpt.settings import Settings
 from nanogpt.web import process
-from nanogpt.web.auth import make_check
+from nanogpt.web.admin import make_admin_routes
+from nanogpt.web.auth import make_admin_check, make_check
 from nanogpt.web.caller import Caller
 from nanogpt.web.docs_routes import make_docs_routes
 from nanogpt.web.engine import EngineHandle
@@ -38,14 +40,14 @@ def create_app(settings: Settings | None = None, *, client: EngineClient | None 
     app = Flask("nanogpt.web", static_folder=None)
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.url_map.merge_slashes = False
-    check_key = make_check(settings.api_key)
+    check_key, check_admin = make_check(settings.api_key), make_admin_check(settings.admin_key)
 
     @app.before_request
     def enter() -> None:
         g.request_id = request_id(request)
         g.record = RequestLog.start(request, g.request_id)
         g.caller = Caller(f"address:{request.remote_addr}")
-        check_key(request)
+        (check_admin if request.blueprint == "admin" else check_key)(request)
 
     @app.after_request
     def leave(response: Response) -> Response:
@@ -61,6 +63,8 @@ def create_app(settings: Settings | None = None, *, client: EngineClient | None 
     app.register_blueprint(make_routes(service))
     app.register_blueprint(make_openai_routes(service))
     app.register_blueprint(make_docs_routes(settings))
+    if settings.admin_key:
+        app.register_blueprint(make_admin_routes(settings, engine))
     return app
 
 
@@ -71,4 +75,22 @@ def check_settings(settings: Settings) -> None:
             f"RATE_LIMIT is {settings.rate_limit!r}; this version cannot limit requests and admits only off.",
             field="rate_limit",
             remedy="Set RATE_LIMIT=off and limit in the proxy.",
+        )
+    if settings.admin_key and settings.admin_key == settings.api_key:
+        raise SettingsError(
+            "ADMIN_KEY is the same as API_KEY: everybody who may generate could change the model.",
+            field="admin_key",
+            remedy="Choose another ADMIN_KEY.",
+        )
+    if bool(settings.follow_loss_text) != bool(settings.follow_max_loss):
+        raise SettingsError(
+            "follow_loss_text and follow_max_loss are one gate: one is set and the other is not.",
+            field="follow_max_loss",
+            remedy="Set both, or neither.",
+        )
+    if settings.follow and not os.path.isdir(settings.model_checkpoint):
+        raise SettingsError(
+            f"follow needs a folder to look at, and model_checkpoint is {settings.model_checkpoint!r}.",
+            field="follow",
+            remedy="Serve the folder that the training run writes to, such as log/.",
         )

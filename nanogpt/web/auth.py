@@ -32,6 +32,19 @@ def make_check(api_key: str) -> Callable[[Request], None]:
     return check
 
 
+def make_admin_check(admin_key: str) -> Callable[[Request], None]:
+    """The check of the routes under /admin: this key, and no other, opens them. Raises: Unauthorized."""
+    wanted = _digest(admin_key.encode("utf-8", "surrogateescape"))
+
+    def check(request: Request) -> None:
+        if not admin_key or not any(hmac.compare_digest(_digest(key), wanted) for key in _offered(request)):
+            raise Unauthorized(
+                "Invalid admin key", remedy="Send ADMIN_KEY in the header X-API-Key, or as Authorization: Bearer."
+            )
+
+    return check
+
+
 def _offered(request: Request) -> list[bytes]:
     """The keys that the request carries, as the bytes that were sent (WSGI hands headers over as Latin-1)."""
     offered = []

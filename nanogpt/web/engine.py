@@ -29,6 +29,8 @@ class ServedModel:
     name: str
     tokenizer: Tokenizer
     digest: str = ""
+    engine: int | None = None
+    """Whose model this is (``EngineStatus.link``): tokens of this tokenizer go to that engine and to no other."""
     card: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -64,13 +66,14 @@ class EngineHandle:
         if status.state != "ready" or status.tokenizer is None or status.model is None:
             raise refusal(status)
         model = self._model
-        if model is None or self._spec is not status.tokenizer:
+        if model is None or self._spec is not status.tokenizer or model.engine != status.link:
             with self._lock:
-                # A new engine has said hello: its tokenizer is made once, however many requests wait for it.
-                if self._model is None or self._spec is not status.tokenizer:
-                    self._model = ServedModel(
-                        status.model, tokenizer_from_spec(status.tokenizer), status.digest or "", status.card or {}
-                    )
-                    self._spec = status.tokenizer
+                # Another engine has said hello: its tokenizer is made once, however many requests wait for it, and not
+                # at all when it is the same as the one before's.
                 model = self._model
+                if model is None or self._spec is not status.tokenizer or model.engine != status.link:
+                    same = model is not None and self._spec == status.tokenizer
+                    tokenizer = model.tokenizer if model and same else tokenizer_from_spec(status.tokenizer)
+                    model = ServedModel(status.model, tokenizer, status.digest or "", status.link, status.card or {})
+                    self._model, self._spec = model, status.tokenizer
         return model

@@ -48,7 +48,7 @@ _WAIT_FOR_ENGINE_S = 10.0
 _KILL_AFTER_DRAIN_S = 2
 # Read again on SIGHUP; whatever else changed needs a new engine, and so a restart.
 _RELOADABLE = frozenset(
-    {"api_key", "rate_limit", "max_body_bytes", "max_prompt_chars", "max_new_tokens", "request_timeout_s"}
+    {"api_key", "admin_key", "rate_limit", "max_body_bytes", "max_prompt_chars", "max_new_tokens", "request_timeout_s"}
     | {"stream_ping_s", "engine_wait_s", "http_workers", "http_threads", "drain_timeout_s", "log_format", "log_level"}
 )
 

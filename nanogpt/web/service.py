@@ -11,9 +11,9 @@ from threading import BoundedSemaphore
 
 from flask import g, request
 
-from nanogpt.engine.client import Events
+from nanogpt.engine.client import Events, Generation
 from nanogpt.engine.messages import GenerateRequest
-from nanogpt.errors import QueueFull
+from nanogpt.errors import ModelChanged, QueueFull
 from nanogpt.sampling_params import SamplingParams
 from nanogpt.settings import Settings
 from nanogpt.web.caller import Caller
@@ -65,7 +65,6 @@ class GenerationService:
         """
         record: RequestLog = g.record
         caller: Caller = g.caller
-        client = self.engine.client
         wanted = GenerateRequest(
             prompt_token_ids,
             params,
@@ -74,7 +73,7 @@ class GenerationService:
             timeout_s=self.settings.request_timeout_s,
             max_concurrency=caller.max_concurrency or 0,
         )
-        generation = client.submit(wanted) if events is None else client.send(wanted, events)
+        generation = self._submit(model, wanted, events)
         return TextGeneration(
             generation,
             model.tokenizer,
@@ -90,6 +89,12 @@ class GenerationService:
 
         Raises: whatever the engine refuses one of them with; then none of them goes on.
         """
+        try:
+            return self._start_many(model, texts)
+        except ModelChanged:
+            return self._start_many(self._successor(model), texts)
+
+    def _start_many(self, model: ServedModel, texts: Sequence[tuple[Sequence[int], SamplingParams]]) -> TextGroup:
         group = TextGroup(self.settings.stream_ping_s)
         try:
             for prompt_token_ids, params in texts:
@@ -99,3 +104,20 @@ class GenerationService:
             group.close()
             raise
         return group
+
+    def _submit(self, model: ServedModel, request: GenerateRequest, events: Events | None) -> Generation:
+        """To the model's own engine; when that takes nothing any more, to the next one if the tokens mean the same."""
+        client = self.engine.client
+        if events is not None:
+            return client.send(request, events, engine=model.engine)
+        try:
+            return client.submit(request, engine=model.engine)
+        except ModelChanged:
+            return client.submit(request, engine=self._successor(model).engine)
+
+    def _successor(self, model: ServedModel) -> ServedModel:
+        """The model that is served instead. Raises: ModelChanged where the same tokens are other texts to it."""
+        now = self.model()
+        if now.tokenizer is not model.tokenizer:
+            raise ModelChanged("The model was changed at this moment.", remedy="Send the request again.")
+        return now

@@ -17,8 +17,8 @@ from engine_processes import Served, eventually, marked_processes
 from fake_engine import ENGINE_ARGV
 
 from nanogpt.engine import launch
+from nanogpt.engine.engines import MAX_PAUSE_S, pause_s
 from nanogpt.engine.launch import connect, ensure_supervisor, start_supervisor
-from nanogpt.engine.supervisor import MAX_PAUSE_S, pause_s
 from nanogpt.errors import SettingsError
 from nanogpt.settings import Settings
 

@@ -127,7 +127,7 @@ def test_silence_and_deadlines(serve: Serve, monkeypatch: pytest.MonkeyPatch) ->
     assert (finished.reason, finished.error) == ("abort", "timeout")
     assert output
     # An engine that does not even do that is given up.
-    monkeypatch.setattr("nanogpt.engine.client._DEADLINE_GRACE_S", -0.5)
+    monkeypatch.setattr("nanogpt.engine.link._DEADLINE_GRACE_S", -0.5)
     stuck = client.submit(request(timeout_s=1.0, **ENDLESS))
     with pytest.raises(RequestTimeout):
         collect(stuck)
@@ -240,7 +240,7 @@ def supervisor_pid(client: EngineClient) -> int | None:
 
 def test_an_engine_that_hangs_holds_nobody_for_ever(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped, it neither reads nor ends: whoever sends to it gives up after a while, and the others with them."""
-    monkeypatch.setattr("nanogpt.engine.client._SEND_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("nanogpt.engine.link._SEND_TIMEOUT_S", 0.3)
     client = serve("step_s=0.01").client()
     waiting = client.submit(request(**ENDLESS))
     engine_pid = client.state().engine_pid
@@ -260,9 +260,9 @@ def test_an_engine_that_hangs_holds_nobody_for_ever(serve: Serve, monkeypatch: p
 
 def send_without_end(client: EngineClient) -> None:
     """More than a socket holds."""
-    engine = client._engine
-    while engine is not None and client._engine is engine:
-        client._send(engine, [wire.ABORT, "x" * 100_000])
+    link = client._published
+    while link is not None and not link.ended:
+        link.send([wire.ABORT, "x" * 100_000])
 
 
 @pytest.mark.parametrize("engine_argv", [("/no/such/python",), (sys.executable, "-c", "import sys; sys.exit(7)")])

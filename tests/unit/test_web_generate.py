@@ -163,7 +163,7 @@ def test_an_error_before_the_first_piece_is_a_plain_refusal_that_can_be_retried(
     http = make_app(engine).test_client()
     original = engine.submit
 
-    def submit(request: Any) -> Any:
+    def submit(request: Any, *, engine: Any = None) -> Any:
         generation = original(request)
         generation.finish("error", 0, "the engine process ended")
         return generation

@@ -28,6 +28,7 @@ class EchoGeneration:
         self, request: GenerateRequest, *, hold: bool = False, error: str | None = None, events: Any = None
     ) -> None:
         self.request = request
+        self.digest = ""
         self.aborted = threading.Event()
         self.events: Any = queue.Queue() if events is None else events
         if not hold:
@@ -86,10 +87,10 @@ class EchoClient:
     def wait_ready(self, timeout_s: float | None = None) -> EngineStatus:
         return self.status
 
-    def submit(self, request: GenerateRequest) -> EchoGeneration:
+    def submit(self, request: GenerateRequest, *, engine: int | None = None) -> EchoGeneration:
         return self.send(request)
 
-    def send(self, request: GenerateRequest, events: Any = None) -> EchoGeneration:
+    def send(self, request: GenerateRequest, events: Any = None, *, engine: int | None = None) -> EchoGeneration:
         if self.refuse is not None:
             raise self.refuse
         self.generations.append(EchoGeneration(request, hold=self.hold, error=self.error, events=events))
