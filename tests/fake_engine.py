@@ -20,9 +20,11 @@ from nanogpt.engine.process import Model, main, num_slots
 from nanogpt.errors import CheckpointNotFound, CorruptCheckpoint
 from nanogpt.runner.base import Batch, StepOutput
 from nanogpt.settings import Settings
+from nanogpt.tokenizer import characters
 
 ENGINE_ARGV = (sys.executable, str(Path(__file__).resolve()))
 CONFIG = config(block_size=512, num_tokens=200)
+TOKENIZER = characters([chr(0x21 + i) for i in range(CONFIG.num_tokens)])
 
 
 class SlowRunner(FakeRunner):
@@ -46,7 +48,7 @@ def load(settings: Settings) -> Model:
         raise CheckpointNotFound(f"There is no file at {options['needs']}.")
     runner = SlowRunner(CONFIG, num_slots(settings), max_batch_tokens=settings.max_batch_tokens)
     runner.step_s = float(options.get("step_s", 0))
-    return Model(runner, "fake", {"family": "fake"}, "0" * 64, {"kind": "fake"}, None)
+    return Model(runner, "fake", {"family": "fake"}, "0" * 64, TOKENIZER.to_spec(), None)
 
 
 if __name__ == "__main__":
