@@ -30,6 +30,7 @@ from nanogpt.tokenizer import characters
 
 ENGINE_ARGV = (sys.executable, str(Path(__file__).resolve()))
 CONFIG = config(block_size=512, num_tokens=200)
+TOKENIZER = characters([chr(0x21 + i) for i in range(CONFIG.num_tokens)])
 
 
 class SlowRunner(FakeRunner):
@@ -70,7 +71,7 @@ def load(settings: Settings) -> Model:
     runner.nan = "nan" in options
     name = options.get("name", "fake")
     alphabet = options.get("tokenizer", "")
-    spec = characters(list(alphabet)).to_spec() if alphabet else {"kind": "fake"}
+    spec = characters(list(alphabet)).to_spec() if alphabet else TOKENIZER.to_spec()
     digest = hashlib.sha256(name.encode()).hexdigest()
     card = {"family": "fake"} | ({"path": path} if path else {})
     return Model(runner, name, card, digest, spec, None)

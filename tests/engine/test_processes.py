@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine_processes import Served, eventually, marked_processes, request
-from fake_engine import CONFIG
+from fake_engine import CONFIG, TOKENIZER
 from fake_runner import expected
 
+from nanogpt import grammars
 from nanogpt.engine import wire
 from nanogpt.engine.client import EngineClient, Generation
 from nanogpt.engine.launch import start_supervisor
 from nanogpt.engine.messages import Finished, Tokens
 from nanogpt.errors import (
+    ConcurrencyLimit,
     EngineDied,
     EngineDraining,
     EngineLoading,
@@ -70,7 +74,7 @@ def test_a_request_and_its_answer(serve: Serve) -> None:
     assert finished.timings.total_s >= finished.timings.ttft_s > 0
     status = client.state()
     assert (status.state, status.model, status.device, status.restarts) == ("ready", "fake", "cpu", 0)
-    assert (status.card, status.tokenizer, status.block_size) == ({"family": "fake"}, {"kind": "fake"}, 512)
+    assert (status.card, status.tokenizer, status.block_size) == ({"family": "fake"}, TOKENIZER.to_spec(), 512)
 
 
 def test_two_hundred_requests_from_two_workers_are_not_mixed_up(serve: Serve) -> None:
@@ -116,6 +120,20 @@ def test_logprobs_cross_the_socket(serve: Serve) -> None:
     ]
     assert finished.prompt_logprobs[0] is None  # type: ignore[union-attr,index]
     assert finished.prompt_logprobs[1].top == [(8, 0.0)] * 2  # type: ignore[union-attr,index]
+
+
+def test_grammars_and_limits_cross_the_socket(serve: Serve) -> None:
+    """The engine process makes the vocabulary from the tokenizer that it sends to its workers."""
+    client = serve("step_s=0.01").client()
+    number = grammars.from_regex("<[0-9]{6}>")
+    output, finished = collect(client.submit(request(grammar=number)))
+    assert re.fullmatch("<[0-9]{6}>", TOKENIZER.decode(output))
+    assert finished.reason == "stop"
+    with pytest.raises(InvalidRequest, match="no token of this model's vocabulary"):
+        client.submit(request(grammar=grammars.from_regex("[日本語]+")))
+    mine = replace(request(**ENDLESS), client="mine", max_concurrency=1)
+    with client.submit(mine), pytest.raises(ConcurrencyLimit):
+        client.submit(mine)
 
 
 def test_silence_and_deadlines(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
