@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from nanogpt.engine import wire
 from nanogpt.engine.launch import connect, ensure_supervisor, reap
@@ -92,10 +92,13 @@ class Generation:
             if event is not None:
                 yield event
 
-    def abort(self) -> None:
-        """Nobody wants the rest: the engine ends it between two steps, and a Finished says so. May come too late."""
+    def abort(self, reason: Literal["abort", "stop"] = "abort") -> None:
+        """Nobody wants the rest: the engine ends it between two steps, and a Finished says so. May come too late.
+
+        ``stop``: because the text is complete (a stop string), which is how the engine then counts it.
+        """
         if not self._ended:
-            self._client._send(self._engine, [wire.ABORT, self._number])
+            self._client._send(self._engine, [wire.ABORT, self._number, reason])
 
     def __enter__(self) -> Generation:
         return self
@@ -328,6 +331,7 @@ class EngineClient:
             lost, self._pending = self._pending, {}
             self._engine_path = None
             self._hello = None
+            self._status = replace(self._status, stats={})  # of an engine that is no more
             # Together with the engine: whoever is told of its end and asks again, waits for the next one.
             if self._status.state == "ready":
                 self._status = replace(self._status, state="loading", reason=_RESTARTING)

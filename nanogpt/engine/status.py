@@ -27,8 +27,8 @@ class EngineStatus:
     """SHA-256 of the weights: the same for the same weights in whatever file."""
     tokenizer: dict[str, Any] | None = None
     """``tokenizer_from_spec`` makes the tokenizer of it."""
-    stats: dict[str, int] = field(default_factory=dict)
-    """The engine's counters (``EngineStats``), at most a quarter of a second old."""
+    stats: dict[str, Any] = field(default_factory=dict)
+    """The engine's counters (``EngineStats.to_wire``), at most a quarter of a second old; empty without an engine."""
 
     @property
     def num_running(self) -> int:

@@ -112,7 +112,7 @@ class TextGeneration:
                 self._finish(event, "stop" if self._text.stopped else event.reason)
                 return
             if self._text.stopped:
-                self._generation.abort()
+                self._generation.abort("stop")
                 self._finish(self._last_event(), "stop")
                 return
 
