@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 # Seconds. Models range from 0.2 ms a token (a small one on a CPU) to a second (a large one under load).
@@ -37,10 +38,6 @@ class Histogram:
     @property
     def count(self) -> int:
         return sum(self.counts)
-
-
-def _histogram(bounds: Sequence[float]) -> Any:
-    return field(default_factory=lambda: Histogram(bounds), metadata={"bounds": bounds})
 
 
 def _finished() -> dict[str, int]:
@@ -75,15 +72,15 @@ class EngineStats:
     """Prompt tokens that it had."""
     num_queue_full: int = 0
     finished: dict[str, int] = field(default_factory=_finished)
-    queue: Histogram = _histogram(WAITING_S)
-    ttft: Histogram = _histogram(REQUEST_S)
-    itl: Histogram = _histogram(LATENCY_S)
-    e2e: Histogram = _histogram(REQUEST_S)
-    step: Histogram = _histogram(LATENCY_S)
-    step_sequences: Histogram = _histogram(SEQUENCES)
-    step_tokens: Histogram = _histogram(TOKENS)
-    prompt_tokens: Histogram = _histogram(TOKENS)
-    output_tokens: Histogram = _histogram(TOKENS)
+    queue: Histogram = field(default_factory=partial(Histogram, WAITING_S))
+    ttft: Histogram = field(default_factory=partial(Histogram, REQUEST_S))
+    itl: Histogram = field(default_factory=partial(Histogram, LATENCY_S))
+    e2e: Histogram = field(default_factory=partial(Histogram, REQUEST_S))
+    step: Histogram = field(default_factory=partial(Histogram, LATENCY_S))
+    step_sequences: Histogram = field(default_factory=partial(Histogram, SEQUENCES))
+    step_tokens: Histogram = field(default_factory=partial(Histogram, TOKENS))
+    prompt_tokens: Histogram = field(default_factory=partial(Histogram, TOKENS))
+    output_tokens: Histogram = field(default_factory=partial(Histogram, TOKENS))
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data, a copy. A histogram is its counts, followed by its sum."""
@@ -97,5 +94,5 @@ class EngineStats:
 
 
 _NAMES = tuple(f.name for f in fields(EngineStats))
-BOUNDS: dict[str, Sequence[float]] = {f.name: f.metadata["bounds"] for f in fields(EngineStats) if f.metadata}
+BOUNDS = {name: value.bounds for name in _NAMES if isinstance(value := getattr(EngineStats(), name), Histogram)}
 """The buckets of each histogram, by its name in ``EngineStats``."""

@@ -32,11 +32,11 @@ class EngineStatus:
 
     @property
     def num_running(self) -> int:
-        return self.stats.get("num_running", 0)
+        return int(self.stats.get("num_running", 0))
 
     @property
     def num_waiting(self) -> int:
-        return self.stats.get("num_waiting", 0)
+        return int(self.stats.get("num_waiting", 0))
 
 
 def refusal(status: EngineStatus) -> ServiceUnavailable:

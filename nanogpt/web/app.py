@@ -19,6 +19,8 @@ from nanogpt.web.auth import make_check
 from nanogpt.web.caller import Caller
 from nanogpt.web.engine import EngineHandle
 from nanogpt.web.errors import register_error_handlers
+from nanogpt.web.metrics import metrics
+from nanogpt.web.metrics_page import make_metrics_page
 from nanogpt.web.request_log import RequestLog, request_id
 from nanogpt.web.routes import make_routes
 
@@ -49,12 +51,17 @@ def create_app(settings: Settings | None = None, *, client: EngineClient | None 
         record: RequestLog | None = g.get("record")
         if record is not None:
             response.headers["X-Request-Id"] = record.request_id
+            if record.trace.traceparent is not None:
+                response.headers["traceparent"] = record.trace.traceparent
+            record.caller = g.caller.name
             response.call_on_close(lambda: record.finish(response.status_code))
         return response
 
     register_error_handlers(app)
     app.extensions["nanogpt"] = engine = EngineHandle(settings, client)
     app.register_blueprint(make_routes(settings, engine))
+    metrics.configure(settings)
+    app.register_blueprint(make_metrics_page(engine.state))
     return app
 
 

@@ -65,6 +65,7 @@ class TextGeneration:
         started: float,
         client_gone: Callable[[], bool],
         silence_s: float,
+        on_close: Callable[[TextGeneration], None] | None = None,
     ) -> None:
         self._generation = generation
         self._text = TextStream(tokenizer, stop)
@@ -75,7 +76,10 @@ class TextGeneration:
         self._ended = False
         self._closed = False
         self._first_token_at = 0.0
+        self._on_close = on_close
         self.outcome: Outcome | None = None
+        self.finished: Finished | None = None
+        """The engine's own account, once it is there."""
 
     @property
     def num_tokens(self) -> int:
@@ -122,6 +126,7 @@ class TextGeneration:
             self._first_token_at = self._first_token_at or now
             return self._text.push(event.token_ids)
         self._ended = True
+        self.finished = event
         if event.reason == "error":
             raise EngineDied("The engine failed while it worked on this request.", remedy="Send the request again.")
         if event.error == TIMEOUT and not self._text.num_tokens:
@@ -135,6 +140,8 @@ class TextGeneration:
         self._closed = True
         if not self._ended:
             self._generation.abort()
+        if self._on_close is not None:
+            self._on_close(self)
 
     def _last_event(self) -> Finished | None:
         """The engine's account of a sequence that was aborted because its text is complete: it comes within a step.
@@ -151,6 +158,7 @@ class TextGeneration:
 
     def _finish(self, finished: Finished | None, reason: str) -> None:
         self._ended = True
+        self.finished = finished
         now = time.monotonic()
         self.outcome = Outcome(
             text=self._text.text,

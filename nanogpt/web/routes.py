@@ -75,6 +75,7 @@ def make_routes(settings: Settings, engine: EngineHandle) -> Blueprint:
                     "POST /generate": 'Continue a text. JSON body: {"prompt": "Once upon a time", "max_length": 100}',
                     "GET /health": "Whether the model is loaded, and on which device.",
                     "GET /ready": "Whether a request would be answered now.",
+                    "GET /metrics": "The server's numbers, for Prometheus.",
                 },
             }
         )

@@ -71,4 +71,5 @@ class GenerationService:
             started=record.started,
             client_gone=make_client_gone(request.environ),
             silence_s=self.settings.stream_ping_s,
+            on_close=record.generation_begins(model.name, params, len(prompt_token_ids)),
         )
