@@ -71,7 +71,7 @@ def render(status: EngineStatus, accept: str) -> Response:
 
     try:
         generate, content_type = exposition.choose_encoder(accept)
-    except ValueError:  # a version that is none
+    except (TypeError, ValueError):  # a version that is none
         generate, content_type = exposition.choose_encoder("")
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Page())
