@@ -18,7 +18,7 @@ from typing import Any
 
 from nanogpt.engine.launch import shared_dir
 from nanogpt.engine.stats import REQUEST_S
-from nanogpt.errors import NanoGPTError
+from nanogpt.errors import NanoGPTError, ServiceUnavailable
 from nanogpt.settings import Settings
 from nanogpt.web.metrics_files import MetricsFiles
 
@@ -56,8 +56,14 @@ class Metrics:
         return families
 
     def collect(self) -> Iterable[Any]:
-        """All metrics of the server's workers, as prometheus-client's families."""
-        return self.start().collect()
+        """All metrics of the server's workers, as prometheus-client's families.
+
+        Raises: ServiceUnavailable when the folder that they share is locked or gone.
+        """
+        try:
+            return self.start().collect()
+        except OSError as error:
+            raise ServiceUnavailable(f"The workers' numbers cannot be read: {error.strerror or error}.") from None
 
     # -- events ----------------------------------------------------------------------------------------------------
 

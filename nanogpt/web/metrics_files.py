@@ -12,18 +12,21 @@ import contextlib
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 # Room for a few thousand series. Taken at once: a mapped file that grows on a full disk kills its process.
 _FILE_BYTES = 1 << 19
+# Adding up takes milliseconds: whoever holds the lock for longer is stopped, and nobody shall wait for it for ever.
+_LOCK_S = 5.0
 _COUNTED = ("counter", "histogram")
 _KINDS = (*_COUNTED, "gauge_livesum", "gauge_livemin")
 
 
 class MetricsFiles:
-    """One process's view of the folder. Raises: OSError when it cannot be used."""
+    """One process's view of the folder. Raises (also ``collect``): OSError when it cannot be used."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -33,11 +36,7 @@ class MetricsFiles:
                 path = folder / f"{kind}_{os.getpid()}.db"
                 if kind not in _COUNTED:
                     path.unlink(missing_ok=True)  # of a former process with this number
-                with path.open("ab") as file:
-                    if hasattr(os, "posix_fallocate"):
-                        os.posix_fallocate(file.fileno(), 0, _FILE_BYTES)
-                    else:
-                        file.truncate(max(_FILE_BYTES, path.stat().st_size))
+                _reserve(path)
 
     def collect(self) -> Iterable[Any]:
         """The metrics of all workers, those that have ended included."""
@@ -51,7 +50,15 @@ class MetricsFiles:
     def _locked(self) -> Iterator[None]:
         fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            until = time.monotonic() + _LOCK_S
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= until:
+                        raise TimeoutError(f"another process has held the lock for {_LOCK_S:g} s") from None
+                    time.sleep(0.002)
             yield
         finally:
             os.close(fd)
@@ -71,6 +78,7 @@ class MetricsFiles:
                 shutil.copyfile(total, new)
             else:
                 new.unlink(missing_ok=True)
+                _reserve(new)
             values = MmapedDict(str(new))
             for path in ended:
                 for key, value, _, _ in MmapedDict.read_all_values_from_file(str(path)):
@@ -79,6 +87,15 @@ class MetricsFiles:
             new.replace(total)
             for path in ended:
                 path.unlink()
+
+
+def _reserve(path: Path) -> None:
+    """Make the file, or find it, with its room on the disk."""
+    with path.open("ab") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, _FILE_BYTES)
+        else:
+            file.truncate(max(_FILE_BYTES, path.stat().st_size))
 
 
 def _has_ended(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import subprocess
@@ -15,8 +16,9 @@ from support import ROOT
 from web_support import EchoClient, make_app
 
 from nanogpt.errors import QueueFull
-from nanogpt.web import tracing
+from nanogpt.web import metrics_files, tracing
 from nanogpt.web.metrics import CACHE_RESULTS, LIMITS, metrics
+from nanogpt.web.metrics_files import MetricsFiles
 
 # Forks workers: each counts so many requests, tells what a scrape of it says, and ends with one still in flight; the
 # last two wait for one another, and then tell it again. Fork is what gunicorn does; imports are done but once.
@@ -75,6 +77,19 @@ def test_every_process_is_counted_exactly_once_also_after_its_end(tmp_path: Path
     assert [samples[IN_FLIGHT] for samples in told] == [0, -1, -2, -3, -4, -9, -9 - 19]
     left = {path.name.rpartition("_")[2] for path in tmp_path.glob("*.db")}
     assert len(left) == 3, "the ended, and the two that have ended since"
+
+
+def test_nobody_waits_for_ever_for_a_process_that_holds_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that was stopped in the middle of a scrape must not take the others with it."""
+    monkeypatch.setattr(metrics_files, "_LOCK_S", 0.05)
+    files = MetricsFiles(tmp_path / "metrics")
+    with (tmp_path / "metrics" / "lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(TimeoutError, match="held the lock"):
+            files.collect()
+    files.collect()
 
 
 def value(http: Any, sample: str) -> float:
