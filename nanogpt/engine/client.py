@@ -336,6 +336,7 @@ class EngineClient:
             if link is self._published:
                 self._published = None
                 # Together with the engine: whoever is told of its end and asks again, waits for the next one.
+                self._status = replace(self._status, stats={})  # of an engine that is no more
                 if self._status.state == "ready":
                     self._status = replace(self._status, state="loading", reason=_RESTARTING)
             del self._links[link.socket]

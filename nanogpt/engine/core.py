@@ -15,31 +15,19 @@ import logging
 import math
 import random
 import time
-from dataclasses import dataclass
 
 import numpy as np
 
 from nanogpt.engine.grammar import Grammars, GrammarState
-from nanogpt.engine.messages import TIMEOUT, GenerateRequest
+from nanogpt.engine.messages import TIMEOUT, FinishReason, GenerateRequest
 from nanogpt.engine.scheduler import Plan, Scheduler
 from nanogpt.engine.sequence import Sequence, Sink
 from nanogpt.engine.slots import Slots
+from nanogpt.engine.stats import EngineStats
 from nanogpt.errors import ConcurrencyLimit, EngineDied, EngineDraining, InvalidRequest, QueueFull
 from nanogpt.runner.base import Int32, Runner, SamplingState
 
 logger = logging.getLogger("nanogpt.engine")
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """What the engine has done since it started (for metrics), and what it holds now."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    num_steps: int = 0
-    num_computed_tokens: int = 0
-    num_output_tokens: int = 0
-    num_cached_tokens: int = 0
 
 
 class Engine:
@@ -78,7 +66,7 @@ class Engine:
         self._next_handle = 0
         self._deadlines: list[tuple[float, int]] = []
         self._delivering = False
-        self._stats = EngineStats()
+        self._stats = self._scheduler.stats
 
     # -- requests ----------------------------------------------------------------------------------------------
 
@@ -123,9 +111,12 @@ class Engine:
             self._deadlines = sorted((s.deadline, s.handle) for s in scheduler.sequences)
         return sequence.handle
 
-    def abort(self, handle: int) -> None:
-        """End a request with what it has (reason ``abort``). One that has already ended is left alone."""
-        self._scheduler.end(handle, "abort", time.monotonic())
+    def abort(self, handle: int, reason: FinishReason = "abort") -> None:
+        """End a request with what it has. One that has already ended is left alone.
+
+        ``reason`` is ``stop`` for a text that its reader found complete (a stop string).
+        """
+        self._scheduler.end(handle, reason, time.monotonic())
         self._deliver()
 
     # -- the loop ----------------------------------------------------------------------------------------------
@@ -150,22 +141,29 @@ class Engine:
                 for source, target, num_tokens in plan.copies:
                     self._runner.copy_prefix(source, target, num_tokens)
                 output = self._runner.step(plan.batch)
-                scheduler.update(plan, output, time.monotonic())
+                done = time.monotonic()
+                scheduler.update(plan, output, done)
             except Exception as error:
                 self._fail(plan, error)
             else:
-                self._stats.num_steps += 1
-                self._stats.num_computed_tokens += len(plan.batch.token_ids)
+                stats, num_tokens = self._stats, len(plan.batch.token_ids)
+                stats.num_steps += 1
+                stats.num_computed_tokens += num_tokens
+                stats.step.observe(done - now)
+                stats.step_sequences.observe(len(plan.sequences))
+                stats.step_tokens.observe(num_tokens)
         self._deliver()
         return plan is not None
 
     def stats(self) -> EngineStats:
         """The live counters; read them, do not keep them."""
-        self._stats.num_running = self._scheduler.num_running
-        self._stats.num_waiting = self._scheduler.num_waiting
-        self._stats.num_output_tokens = self._scheduler.num_output_tokens
-        self._stats.num_cached_tokens = self._scheduler.num_cached_tokens
-        return self._stats
+        stats, slots = self._stats, self._scheduler.slots
+        stats.num_running = self._scheduler.num_running
+        stats.num_waiting = self._scheduler.num_waiting
+        stats.num_slots, stats.num_positions = slots.num_slots, slots.held.size
+        stats.num_slots_running, stats.num_slots_cached = slots.num_running, slots.num_cached
+        stats.num_positions_held = int(slots.num_held.sum())
+        return stats
 
     # -- parts -------------------------------------------------------------------------------------------------
 
@@ -184,12 +182,14 @@ class Engine:
         num_queued = scheduler.num_waiting - free
         left = self._max_queue - num_queued
         if left <= 0:
+            self._stats.num_queue_full += 1
             raise QueueFull(
                 f"The server is busy: {scheduler.num_running} requests are running and {scheduler.num_waiting} wait.",
                 remedy="Send the request again later.",
             )
         # The last eighth is not for whoever has filled the queue: others always get in.
         if left <= self._max_queue // 8 and 2 * (scheduler.num_waiting_of(client) - free) > self._max_queue:
+            self._stats.num_queue_full += 1
             raise QueueFull(
                 f"The server is busy: {scheduler.num_waiting_of(client)} of your requests wait, and what is left of "
                 f"the queue ({left} of {self._max_queue}) is kept for others.",

@@ -38,6 +38,7 @@ class Handle:
 
     run_dir: str
     process: subprocess.Popen[bytes]
+    temporary: bool = False
 
     def stop(self, timeout_s: float) -> None:
         """Drain the engine and end it; kill what has not ended after ``timeout_s``."""
@@ -47,6 +48,8 @@ class Handle:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        if self.temporary:
+            shutil.rmtree(self.run_dir, ignore_errors=True)
 
     @property
     def pid(self) -> int:
@@ -80,7 +83,7 @@ def start_supervisor(settings: Settings, owner_pid: int, *, engine_argv: tuple[s
         )
     _started = (str(run_dir), owner_pid)
     _children.append(process)
-    return Handle(str(run_dir), process)
+    return Handle(str(run_dir), process, temporary)
 
 
 def ensure_supervisor(settings: Settings, *, engine_argv: tuple[str, ...] = ENGINE_ARGV) -> str:
@@ -91,11 +94,7 @@ def ensure_supervisor(settings: Settings, *, engine_argv: tuple[str, ...] = ENGI
     Raises: SettingsError when the run directory cannot be used; EngineLoading when no supervisor comes up.
     """
     reap()
-    if _started is not None:
-        run_dir, owner_pid = Path(_started[0]), _started[1]
-    else:
-        owner_pid = _owner_pid()
-        run_dir = Path(settings.run_dir or os.path.join(tempfile.gettempdir(), f"nanogpt-{os.getuid()}-{owner_pid}"))
+    run_dir, owner_pid = _whereabouts(settings)
     temporary = not settings.run_dir
     for _ in range(5):
         _checked(run_dir)
@@ -112,6 +111,25 @@ def ensure_supervisor(settings: Settings, *, engine_argv: tuple[str, ...] = ENGI
         # A supervisor holds its lock but does not listen: it is about to end.
         time.sleep(0.1)
     raise EngineLoading(f"The supervisor in {run_dir} neither answers nor ends.", retry_after_s=5.0)
+
+
+def shared_dir(settings: Settings) -> Path | None:
+    """A folder for what the HTTP workers of this server share, made if need be; None when there is but this process.
+
+    It lies in the run directory and goes with it. One that a former server left in the same place is removed.
+
+    Raises: SettingsError or OSError when the run directory cannot be used.
+    """
+    run_dir, owner_pid = _whereabouts(settings)
+    if owner_pid == os.getpid():
+        return None
+    with _locked(_checked(run_dir)):
+        folder = run_dir / f"workers-{owner_pid}"
+        for path in run_dir.glob("workers-*"):
+            if path != folder:
+                shutil.rmtree(path, ignore_errors=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
 
 
 def reap() -> None:
@@ -131,6 +149,15 @@ def connect(path: Path) -> socket.socket:
 
 
 # -- parts ----------------------------------------------------------------------------------------------------
+
+
+def _whereabouts(settings: Settings) -> tuple[Path, int]:
+    """The run directory of this server, and the process that owns the server."""
+    if _started is not None:
+        return Path(_started[0]), _started[1]
+    owner_pid = _owner_pid()
+    name = f"nanogpt-{os.getuid()}-{owner_pid}"
+    return Path(settings.run_dir or os.path.join(tempfile.gettempdir(), name)), owner_pid
 
 
 def _owner_pid() -> int:

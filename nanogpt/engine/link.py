@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from nanogpt.engine import wire
 from nanogpt.engine.launch import connect
@@ -89,10 +89,13 @@ class Generation:
             if event is not None:
                 yield event
 
-    def abort(self) -> None:
-        """Nobody wants the rest: the engine ends it between two steps, and a Finished says so. May come too late."""
+    def abort(self, reason: Literal["abort", "stop"] = "abort") -> None:
+        """Nobody wants the rest: the engine ends it between two steps, and a Finished says so. May come too late.
+
+        ``stop``: because the text is complete (a stop string), which is how the engine then counts it.
+        """
         if not self._ended:
-            self._link.send([wire.ABORT, self._number])
+            self._link.send([wire.ABORT, self._number, reason])
 
     def __enter__(self) -> Generation:
         return self

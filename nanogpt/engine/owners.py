@@ -39,7 +39,7 @@ class Owners:
         self._fds = {pid: other for pid, other in self._fds.items() if other != fd}
 
     def all_gone(self) -> bool:
-        self._polled = {pid for pid in self._polled if _is_alive(pid)}
+        self._polled = {pid for pid in self._polled if is_alive(pid)}
         return not self._fds and not self._polled
 
     def close(self) -> None:
@@ -47,7 +47,8 @@ class Owners:
             self.on_readable(fd)
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether there is a process with this number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

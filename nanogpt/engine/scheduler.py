@@ -42,6 +42,7 @@ from nanogpt.engine.messages import GRAMMAR, Finished, FinishReason, Timings, To
 from nanogpt.engine.queue import FairQueue
 from nanogpt.engine.sequence import Event, Sequence, Sink
 from nanogpt.engine.slots import Slots, num_common
+from nanogpt.engine.stats import EngineStats
 from nanogpt.errors import NanoGPTError
 from nanogpt.runner.base import Batch, Int32, PromptLogprobs, StepOutput
 
@@ -73,8 +74,9 @@ class Scheduler:
         self._decoding: list[Sequence] = []
         self._filling: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
-        self.num_output_tokens = 0
-        self.num_cached_tokens = 0
+        self.stats = EngineStats()
+        # When the last step ended: every sequence that is decoding got its last token then.
+        self._updated_at = 0.0
         self.events: deque[tuple[Sink, Event]] = deque()
 
     @property
@@ -132,6 +134,9 @@ class Scheduler:
         Raises: RuntimeError when the runner broke its contract; ``fail`` then ends the plan's sequences.
         """
         self._record(plan)
+        stats = self.stats
+        since_last, self._updated_at = now - self._updated_at, now
+        num_single = plan.num_decoding
         for b, (sequence, new) in enumerate(zip(plan.sequences, output.token_ids, strict=True)):
             if b < plan.num_decoding:
                 sequence.num_computed += 1
@@ -145,6 +150,9 @@ class Scheduler:
                 self._decoding.append(sequence)
             if not sequence.first_token_at:
                 sequence.first_token_at = now
+                stats.ttft.observe(now - sequence.submitted_at)
+            elif b >= plan.num_decoding:
+                stats.itl.observe(now - sequence.moved_at)
             reason: FinishReason | None = None
             if len(new) == 1 and new[0] not in sequence.stop_ids:
                 sequence.output.append(new[0])
@@ -152,17 +160,23 @@ class Scheduler:
                     reason = "length"
             else:
                 new, reason = self._accept(sequence, new)
+                if b < plan.num_decoding:
+                    num_single -= 1
+                    if new:
+                        stats.itl.observe(since_last / len(new), len(new))
             error = None
             if sequence.grammar is not None and reason != "stop":
                 reason, error = self._follow_grammar(sequence, new, reason)
             if new:
-                self.num_output_tokens += len(new)
+                stats.num_output_tokens += len(new)
                 logprobs = output.logprobs[b][: len(new)] if b in output.logprobs else None
                 self.events.append((sequence.sink, Tokens(new, logprobs)))
             if reason is not None:
                 self._finish(sequence, reason, now, error=error)
             elif sequence.num_computed >= self._block_size:
-                self._move_window(sequence)
+                self._move_window(sequence, now)
+        if num_single:
+            stats.itl.observe(since_last, num_single)
 
     # -- endings -----------------------------------------------------------------------------------------------
 
@@ -195,6 +209,7 @@ class Scheduler:
             ttft_s=(sequence.first_token_at or now) - sequence.submitted_at,
             total_s=now - sequence.submitted_at,
         )
+        self._count_finished(sequence, reason, timings)
         finished = Finished(
             reason=reason,
             num_prompt_tokens=len(sequence.prompt),
@@ -205,6 +220,14 @@ class Scheduler:
             prompt_logprobs=sequence.prompt_logprobs,
         )
         self.events.append((sequence.sink, finished))
+
+    def _count_finished(self, sequence: Sequence, reason: FinishReason, timings: Timings) -> None:
+        stats = self.stats
+        stats.finished[reason] += 1
+        if reason in ("stop", "length"):  # how long nobody waited to the end would say little of the others
+            stats.e2e.observe(timings.total_s)
+            stats.prompt_tokens.observe(len(sequence.prompt))
+            stats.output_tokens.observe(len(sequence.output))
 
     # -- parts -------------------------------------------------------------------------------------------------
 
@@ -226,11 +249,15 @@ class Scheduler:
             copies.append((grant.copy_from, grant.slot, grant.num_cached))
         sequence.slot = grant.slot
         sequence.num_computed = sequence.num_cached = grant.num_cached
-        self.num_cached_tokens += grant.num_cached
         sequence.admitted_at = now
         if sequence.grammar is not None:
             sequence.state.mask = sequence.grammar.first_mask()
         self._queue.serve(sequence)
+        stats = self.stats
+        stats.num_prompt_tokens += len(sequence.prompt)
+        stats.num_queried_tokens += len(sequence.prompt) - sequence.window_start
+        stats.num_cached_tokens += grant.num_cached
+        stats.queue.observe(now - sequence.submitted_at)
         self._running[sequence.handle] = sequence
         self._filling.append(sequence)
 
@@ -304,10 +331,11 @@ class Scheduler:
         # A text that is complete with the last token that it may have is complete.
         return ("stop" if sequence.state.mask is None else reason), None
 
-    def _move_window(self, sequence: Sequence) -> None:
+    def _move_window(self, sequence: Sequence, now: float) -> None:
         """The context is one token too long: drop it on the left. All positions change, so nothing computed holds."""
         sequence.window_start = len(sequence.prompt) + len(sequence.output) - self._block_size
         sequence.num_computed = 0
+        sequence.moved_at = now
         self.slots.clear(sequence.slot)
         self._decoding.remove(sequence)
         self._filling.append(sequence)

@@ -44,6 +44,8 @@ class Sequence:
     num_cached: int = 0
     admitted_at: float = 0.0
     first_token_at: float = 0.0
+    moved_at: float = 0.0
+    """When the window last moved: the moment of the last token before."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     grammar: GrammarState | None = None
     paused: bool = False

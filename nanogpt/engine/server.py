@@ -14,7 +14,6 @@ import selectors
 import signal
 import socket
 import time
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -160,6 +159,8 @@ class EngineServer:
                 if mask & selectors.EVENT_WRITE:
                     self._send(connection, b"")
                 if mask & selectors.EVENT_READ and not connection.closed:
+                    # An abort changes the numbers, too, also when it leaves nothing to compute.
+                    self._stats_changed = True
                     self._read(connection)
 
     def _accept(self) -> None:
@@ -172,7 +173,7 @@ class EngineServer:
         self._connections[sock] = connection
         self._selector.register(sock, selectors.EVENT_READ, connection)
         self._send(connection, self._hello)
-        self._send(connection, wire.pack([wire.STATS, asdict(self._engine.stats())]))
+        self._send(connection, wire.pack([wire.STATS, self._engine.stats().to_wire()]))
 
     def _read(self, connection: Connection) -> None:
         try:
@@ -197,7 +198,7 @@ class EngineServer:
         if kind == wire.ABORT:
             handle = connection.handles.get(request_number)
             if handle is not None:
-                self._engine.abort(handle)
+                self._engine.abort(handle, "stop" if message[2:] == ["stop"] else "abort")
         elif kind == wire.SUBMIT:
             if request_number in connection.handles:
                 raise ValueError(f"request number {request_number} twice")
@@ -225,7 +226,7 @@ class EngineServer:
     def _send_stats(self, now: float) -> None:
         self._stats_due = now + STATS_INTERVAL_S
         self._stats_changed = False
-        stats = asdict(self._engine.stats())
+        stats = self._engine.stats().to_wire()
         if stats != self._stats_sent:
             self._stats_sent = stats
             frame = wire.pack([wire.STATS, stats])

@@ -29,16 +29,16 @@ class EngineStatus:
     """SHA-256 of the weights: the same for the same weights in whatever file."""
     tokenizer: dict[str, Any] | None = None
     """``tokenizer_from_spec`` makes the tokenizer of it."""
-    stats: dict[str, int] = field(default_factory=dict)
-    """The engine's counters (``EngineStats``), at most a quarter of a second old."""
+    stats: dict[str, Any] = field(default_factory=dict)
+    """The engine's counters (``EngineStats.to_wire``), at most a quarter of a second old; empty without an engine."""
 
     @property
     def num_running(self) -> int:
-        return self.stats.get("num_running", 0)
+        return int(self.stats.get("num_running", 0))
 
     @property
     def num_waiting(self) -> int:
-        return self.stats.get("num_waiting", 0)
+        return int(self.stats.get("num_waiting", 0))
 
 
 def refusal(status: EngineStatus) -> ServiceUnavailable:

@@ -25,6 +25,7 @@ import json
 import logging
 import os
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -36,7 +37,7 @@ from typing import Any
 from nanogpt import logs
 from nanogpt.engine.engines import Engines
 from nanogpt.engine.follow import Follower
-from nanogpt.engine.owners import Owners
+from nanogpt.engine.owners import Owners, is_alive
 
 logger = logging.getLogger("nanogpt.engine")
 
@@ -240,17 +241,22 @@ def main() -> int:
     os.dup2(2, 1)
     supervisor.run()
     if started["remove_run_dir"]:
-        _remove(run_dir)
+        _remove(run_dir, everything=not is_alive(started["owner_pid"]))
     return 0
 
 
-def _remove(run_dir: Path) -> None:
-    """Not in the middle of somebody's start: that one finds this supervisor's lock taken, and tries again."""
+def _remove(run_dir: Path, *, everything: bool) -> None:
+    """Folders in it are the HTTP workers', who may live on and find another supervisor: they go with their server.
+
+    Not in the middle of somebody's start: that one finds this supervisor's lock taken, and tries again."""
     fd = os.open(run_dir / "start.lock", os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(fd, fcntl.LOCK_EX)
     with contextlib.suppress(OSError):
         for path in run_dir.iterdir():
-            path.unlink()
+            if not path.is_dir():
+                path.unlink()
+            elif everything:
+                shutil.rmtree(path)
         run_dir.rmdir()
 
 

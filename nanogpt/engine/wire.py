@@ -3,7 +3,7 @@
 A frame is four bytes of length (little-endian) and one msgpack array whose first item says what it is:
 
     worker → engine   [SUBMIT, id, prompt_token_ids, params, request_id, client, timeout_s,
-                       max_concurrency]   [ABORT, id]
+                       max_concurrency]   [ABORT, id, "abort" or "stop"]
     engine → worker   [HELLO, {...}]   [STATS, {...}]
                       [NEWS, [id accepted …], [[id, error] refused …],
                              [id, token_ids, logprobs or None, …], [[id, finished] …]]
@@ -25,7 +25,7 @@ from nanogpt import errors
 from nanogpt.engine.messages import Finished, GenerateRequest, Timings, Tokens
 from nanogpt.sampling_params import SamplingParams, TokenLogprobs
 
-VERSION = 2
+VERSION = 3
 SUBMIT, ABORT, HELLO, STATS, NEWS = range(5)
 
 MAX_FRAME_BYTES = 64 * 2**20

@@ -22,6 +22,8 @@ from nanogpt.web.caller import Caller
 from nanogpt.web.docs_routes import make_docs_routes
 from nanogpt.web.engine import EngineHandle
 from nanogpt.web.errors import register_error_handlers
+from nanogpt.web.metrics import metrics
+from nanogpt.web.metrics_page import make_metrics_page
 from nanogpt.web.openai.routes import make_openai_routes
 from nanogpt.web.request_log import RequestLog, request_id
 from nanogpt.web.routes import make_routes
@@ -54,15 +56,20 @@ def create_app(settings: Settings | None = None, *, client: EngineClient | None 
         record: RequestLog | None = g.get("record")
         if record is not None:
             response.headers["X-Request-Id"] = record.request_id
+            if record.trace.traceparent is not None:
+                response.headers["traceparent"] = record.trace.traceparent
+            record.caller = g.caller.name
             response.call_on_close(lambda: record.finish(response.status_code))
         return response
 
     register_error_handlers(app)
     app.extensions["nanogpt"] = engine = EngineHandle(settings, client)
+    metrics.configure(settings)
     service = GenerationService(settings, engine)
     app.register_blueprint(make_routes(service))
     app.register_blueprint(make_openai_routes(service))
     app.register_blueprint(make_docs_routes(settings))
+    app.register_blueprint(make_metrics_page(engine.state))
     if settings.admin_key:
         app.register_blueprint(make_admin_routes(settings, engine))
     return app

@@ -67,6 +67,7 @@ class TextGeneration:
         started: float,
         client_gone: Callable[[], bool],
         silence_s: float,
+        on_close: Callable[[TextGeneration], None] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self._generation = generation
@@ -79,10 +80,13 @@ class TextGeneration:
         self._ended = False
         self._closed = False
         self._first_token_at = 0.0
+        self._on_close = on_close
         self.outcome: Outcome | None = None
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         """Of the tokens so far, where they were asked for."""
+        self.finished: Finished | None = None
+        """The engine's own account, once it is there."""
 
     @property
     def num_tokens(self) -> int:
@@ -96,6 +100,10 @@ class TextGeneration:
     @property
     def ttft_s(self) -> float | None:
         return self._first_token_at - self._started if self._first_token_at else None
+
+    @property
+    def queue_s(self) -> float | None:
+        return None if self.outcome is None else self.outcome.queue_s
 
     @property
     def finish_reason(self) -> str | None:
@@ -156,6 +164,7 @@ class TextGeneration:
                 self.logprobs += event.logprobs[:num_new]
             return piece
         self._ended = True
+        self.finished = event
         if event.reason == "error" and (event.error or "").startswith(GRAMMAR):
             raise InvalidRequest(f"The text cannot go on by its {event.error}", field="response_format")
         if event.reason == "error":
@@ -172,6 +181,8 @@ class TextGeneration:
         self._closed = True
         if not self._ended:
             self._generation.abort()
+        if self._on_close is not None:
+            self._on_close(self)
 
     def _last_event(self) -> Finished | None:
         """The engine's account of a sequence that was aborted because its text is complete: it comes within a step.
@@ -188,11 +199,12 @@ class TextGeneration:
 
     def _finish(self) -> None:
         if self._last is None:  # a stop text ended it: the engine has to be told
-            self._generation.abort()
+            self._generation.abort("stop")
             self._last = self._last_event()
         finished = self._last
         reason = "stop" if self._text.stopped or finished is None else finished.reason
         self._ended = True
+        self.finished = finished
         now = time.monotonic()
         self.outcome = Outcome(
             text=self._text.text,

@@ -95,3 +95,8 @@ class TextGroup:
         """That of the first text, once all have ended."""
         outcomes = [text.outcome for text in self.texts]
         return outcomes[0].finish_reason if outcomes[0] is not None and None not in outcomes else None
+
+    @property
+    def queue_s(self) -> float | None:
+        """The longest wait of any of them."""
+        return max((text.queue_s for text in self.texts if text.queue_s is not None), default=None)

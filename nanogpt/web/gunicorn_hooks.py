@@ -35,6 +35,7 @@ from nanogpt.settings import Settings
 from nanogpt.web import process
 from nanogpt.web.app import check_settings
 from nanogpt.web.greeting import greeting
+from nanogpt.web.metrics import metrics
 
 log = logging.getLogger(__name__)
 
@@ -240,6 +241,7 @@ def post_worker_init(worker: Worker) -> None:
     engine = getattr(worker.wsgi, "extensions", {}).get("nanogpt")
     if engine is not None:  # the app may be wrapped in somebody's middleware
         engine.state()
+    metrics.start()
     process.is_draining = lambda: process.stop_at is not None and _num_reloads[0] == born
 
 

@@ -111,6 +111,7 @@ OPERATIONS = (
         "POST", "/detokenize", "Tokens as a text.", DetokenizeAnswer, _TOKENIZER, DetokenizeBody, {"tokens": [1, 2, 3]}
     ),
     Operation("GET", "/tokenizer_info", "What tokenizer the model has.", TokenizerInfo, (*_CLOSED, 503)),
+    Operation("GET", "/metrics", "The server's numbers, for Prometheus.", None, (401, 500), media="text/plain"),
     Operation("GET", "/openapi.json", "The API's description, as OpenAPI 3.1.", None),
     Operation("GET", "/docs", "The API's description, as a page to read.", None, media="text/html"),
     Operation("GET", "/", "The routes, and the version.", Index),

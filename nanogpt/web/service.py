@@ -82,6 +82,7 @@ class GenerationService:
             started=record.started,
             client_gone=make_client_gone(request.environ),
             silence_s=self.settings.stream_ping_s,
+            on_close=record.generation_begins(model.name, params, len(prompt_token_ids)),
         )
 
     def start_many(self, model: ServedModel, texts: Sequence[tuple[Sequence[int], SamplingParams]]) -> TextGroup:

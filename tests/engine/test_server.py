@@ -35,6 +35,7 @@ class Worker:
         self.ended: dict[int, str] = {}
         self.accepted: list[int] = []
         self.refused: dict[int, str] = {}
+        self.stats: dict[str, Any] = {}
         self.closed = False
 
     def send(self, *message: Any) -> None:
@@ -59,6 +60,8 @@ class Worker:
                 for number, token_ids in zip(tokens[::3], tokens[1::3], strict=True):
                     self.output.setdefault(number, []).extend(token_ids)
                 self.ended.update({number: fields[0] for number, fields in finished})
+            elif message[0] == wire.STATS:
+                self.stats = message[1]
 
     def read_until(self, condition: Callable[[], Any]) -> None:
         while not condition():
@@ -219,3 +222,19 @@ def test_a_failed_step_is_told_and_the_engine_goes_on(start: Callable[..., Runni
     worker.submit(2, max_tokens=4)
     worker.read_until(lambda: 2 in worker.ended)
     assert worker.ended == {1: "error", 2: "length"}
+
+
+def test_an_abort_that_leaves_nothing_to_compute_is_told_too(
+    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers show how many sequences run: the last one's end is news, also when the numbers went out a moment ago."""
+    monkeypatch.setattr(server_module, "STATS_INTERVAL_S", 0.0)
+    running = start()
+    running.runner.step_s = 0.002  # type: ignore[attr-defined]
+    worker = running.worker()
+    worker.submit(1, max_tokens=400)
+    worker.read_until(lambda: worker.output)
+    worker.send(wire.ABORT, 1, "stop")
+    worker.read_until(lambda: worker.stats and worker.stats["finished"]["stop"])
+    assert worker.stats["num_running"] == 0
+    assert worker.ended[1] == "stop"

@@ -53,14 +53,16 @@ def test_a_request_leaves_the_guides_two_lines(log: Log, log_format: str) -> Non
         assert LINE.fullmatch(second)
         assert first.endswith(" - INFO - Request: POST /generate id=r-1")
         assert re.search(
-            r" - INFO - Response: 200 POST /generate id=r-1 outcome=length tokens=7 ttft_s=[\d.]+ total_s=[\d.]+$",
+            r" - INFO - Response: 200 POST /generate id=r-1 outcome=length tokens=7 ttft_s=[\d.]+ total_s=[\d.]+"
+            r" prompt_tokens=2 queue_s=[\d.]+ model=echo caller=address:127\.0\.0\.1$",
             second,
         )
     else:
         assert json.loads(first)["message"] == "Request: POST /generate id=r-1"
         line = json.loads(second)
         assert {"time", "level", "message", "pid", "ttft_s", "total_s"} <= set(line)
-        wanted = {"request_id": "r-1", "method": "POST", "path": "/generate", "status": 200, "tokens": 7}
+        wanted = {"request_id": "r-1", "method": "POST", "path": "/generate", "status": 200, "tokens": 7,
+                  "prompt_tokens": 2, "model": "echo", "caller": "address:127.0.0.1"}  # fmt: skip
         assert {name: line[name] for name in wanted} == wanted
 
 

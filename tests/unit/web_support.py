@@ -63,10 +63,10 @@ class EchoGeneration:
         except queue.Empty:
             return None
 
-    def abort(self) -> None:
+    def abort(self, reason: str = "abort") -> None:
         if not self.aborted.is_set():
             self.aborted.set()
-            self.finish("abort", 0)
+            self.finish(reason, 0)
 
 
 class EchoClient:
