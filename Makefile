@@ -27,8 +27,10 @@ help: ## List the commands
 
 install: $(VENV)/.installed ## Create .venv and install the package, and PyTorch where the compiled CPU runner is missing
 
-serve: install ## Serve on http://localhost:5000 (MODEL_CHECKPOINT, HOST and PORT are honoured)
-	@exec $(BIN)/python -m web.serve
+# On loopback there are no clients to protect against each other: no limit there, unless RATE_LIMIT says one.
+serve: install ## Serve on http://localhost:5000 (MODEL_CHECKPOINT, HOST, PORT and RATE_LIMIT are honoured)
+	@case "$${HOST:-127.0.0.1}" in 127.*|localhost|::1) export RATE_LIMIT="$${RATE_LIMIT:-off}" ;; esac; \
+	exec $(BIN)/python -m web.serve
 
 test: $(VENV)/.installed-dev services ## Run every test (PYTEST_ARGS="-k tokenizer" for some)
 	@exec $(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -91,11 +91,7 @@ def ensure_supervisor(settings: Settings, *, engine_argv: tuple[str, ...] = ENGI
     Raises: SettingsError when the run directory cannot be used; EngineLoading when no supervisor comes up.
     """
     reap()
-    if _started is not None:
-        run_dir, owner_pid = Path(_started[0]), _started[1]
-    else:
-        owner_pid = _owner_pid()
-        run_dir = Path(settings.run_dir or os.path.join(tempfile.gettempdir(), f"nanogpt-{os.getuid()}-{owner_pid}"))
+    run_dir, owner_pid = run_dir_of(settings)
     temporary = not settings.run_dir
     for _ in range(5):
         _checked(run_dir)
@@ -112,6 +108,15 @@ def ensure_supervisor(settings: Settings, *, engine_argv: tuple[str, ...] = ENGI
         # A supervisor holds its lock but does not listen: it is about to end.
         time.sleep(0.1)
     raise EngineLoading(f"The supervisor in {run_dir} neither answers nor ends.", retry_after_s=5.0)
+
+
+def run_dir_of(settings: Settings) -> tuple[Path, int]:
+    """The run directory of this server's supervisor, started or not, and the process it lives for."""
+    if _started is not None:
+        return Path(_started[0]), _started[1]
+    owner_pid = _owner_pid()
+    folder = settings.run_dir or os.path.join(tempfile.gettempdir(), f"nanogpt-{os.getuid()}-{owner_pid}")
+    return Path(folder), owner_pid
 
 
 def reap() -> None:
@@ -194,7 +199,9 @@ def _spawn(
 
     A session of its own: Ctrl-C in the terminal is for the HTTP server, which lets its requests finish first.
     """
-    environ = {name: value for name, value in os.environ.items() if name != "API_KEY"}
+    secrets = [field for field in dataclasses.fields(Settings) if field.metadata["secret"]]
+    hidden = {field.metadata["env"] for field in secrets}
+    environ = {name: value for name, value in os.environ.items() if name not in hidden}
     home = Path(nanogpt.__file__).resolve().parents[1]
     if home.name not in ("site-packages", "dist-packages"):
         environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(home), environ.get("PYTHONPATH"))))
@@ -210,8 +217,8 @@ def _spawn(
         "owner_pid": owner_pid,
         "remove_run_dir": temporary,
         "engine_argv": list(engine_argv),
-        # The engine has no use for the key.
-        "settings": dataclasses.asdict(dataclasses.replace(settings, api_key="")),
+        # The engine has no use for keys and passwords.
+        "settings": {**dataclasses.asdict(settings), **{field.name: "" for field in secrets}},
     }
     assert process.stdin is not None
     assert process.stdout is not None

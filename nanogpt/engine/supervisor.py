@@ -1,4 +1,5 @@
-"""The supervisor process: ``python -m nanogpt.engine.supervisor``. It owns the engine's life, and nothing else.
+"""The supervisor process: ``python -m nanogpt.engine.supervisor``. It owns the engine's life, and the host's
+counters (``ledger``); nothing else.
 
 Light on purpose (no NumPy, no Flask), so that it outlives whatever kills an engine. One thread, one ``select``:
 
@@ -32,6 +33,7 @@ from typing import Any
 
 from nanogpt import logs
 from nanogpt.engine.child import EngineChild
+from nanogpt.engine.ledger import Ledger
 from nanogpt.engine.messages import EngineState
 from nanogpt.engine.owners import Owners
 
@@ -66,6 +68,7 @@ class Supervisor:
         self.state: EngineState = "loading"
         self.reason = ""
         self.owners = Owners(self._selector)
+        self.ledger = Ledger(self._selector, run_dir)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(run_dir / "control.sock"))
         self._listener.listen(128)
@@ -132,6 +135,8 @@ class Supervisor:
                     self._wake_in.recv(4096)
             elif key.data is self.owners:
                 self.owners.on_readable(key.fd)
+            elif key.data is self.ledger:
+                self.ledger.on_readable(key.fileobj)
             elif isinstance(key.fileobj, socket.socket):
                 self._read(key.fileobj)
             elif self._engine is not None and key.fileobj == self._engine.status_fd:
@@ -268,6 +273,7 @@ class Supervisor:
         for client in list(self._clients):
             self._drop(client)
         self.owners.close()
+        self.ledger.close()
         signal.set_wakeup_fd(-1)
         self._selector.close()
         for end in (self._listener, self._wake_in, self._wake_out):

@@ -1,30 +1,40 @@
 """The Flask app: what surrounds every route, in the order in which a request meets it.
 
-route → request id → auth → (here a request is counted against its limit, once there are limits) → the route's own
-line in ``routes``. Making the app starts nothing: the engine is asked for when the first request needs it.
+route → request id → key → the client's limit → the route's own line in ``routes``. Making the app starts nothing: the
+engine is asked for when the first request needs it.
 """
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from flask import Flask, Response, g, request
 
 from nanogpt import logs
 from nanogpt.engine.client import EngineClient
-from nanogpt.errors import SettingsError
+from nanogpt.engine.windows import Counters
+from nanogpt.keys import KeyRing
 from nanogpt.settings import Settings
 from nanogpt.web import process
-from nanogpt.web.auth import make_check
+from nanogpt.web.auth import Doorkeeper
 from nanogpt.web.caller import Caller
+from nanogpt.web.client_address import client_address
 from nanogpt.web.engine import EngineHandle
 from nanogpt.web.errors import register_error_handlers
+from nanogpt.web.limits import GENERATING_ROUTES, Limiter
+from nanogpt.web.rate_limit import parse_rate_limit
+from nanogpt.web.redis_windows import RedisWindows
 from nanogpt.web.request_log import RequestLog, request_id
 from nanogpt.web.routes import make_routes
 
 
-def create_app(settings: Settings | None = None, *, client: EngineClient | None = None) -> Flask:
+def create_app(
+    settings: Settings | None = None, *, client: EngineClient | None = None, counters: Counters | None = None
+) -> Flask:
     """The WSGI app. Without settings: those that gunicorn's arbiter checked, else this process's own.
+
+    ``client`` and ``counters`` stand for the engine and for the host's ledger.
 
     Raises: SettingsError.
     """
@@ -35,34 +45,50 @@ def create_app(settings: Settings | None = None, *, client: EngineClient | None 
     app = Flask("nanogpt.web", static_folder=None)
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.url_map.merge_slashes = False
-    check_key = make_check(settings.api_key)
+    engine = EngineHandle(settings, client)
+    limiter = Limiter(settings, engine, counters)
+    doorkeeper = Doorkeeper(settings.api_key, open_keys(settings))
 
     @app.before_request
     def enter() -> None:
         g.request_id = request_id(request)
         g.record = RequestLog.start(request, g.request_id)
-        g.caller = Caller(f"address:{request.remote_addr}")
-        check_key(request)
+        g.caller = Caller(f"address:{client_address(request, settings.trusted_proxies)}")
+        g.caller = doorkeeper.identify(request) or g.caller
+        g.limit_headers = {}
+        if request.url_rule is not None and request.url_rule.rule in GENERATING_ROUTES:
+            g.limit_headers = limiter.admit(g.caller)
 
     @app.after_request
     def leave(response: Response) -> Response:
         record: RequestLog | None = g.get("record")
         if record is not None:
             response.headers["X-Request-Id"] = record.request_id
+            response.headers.update(g.get("limit_headers", {}))
             response.call_on_close(lambda: record.finish(response.status_code))
         return response
 
     register_error_handlers(app)
-    app.extensions["nanogpt"] = engine = EngineHandle(settings, client)
+    app.extensions["nanogpt"] = engine
+    app.extensions["nanogpt.limiter"] = limiter
+    app.extensions["nanogpt.doorkeeper"] = doorkeeper
     app.register_blueprint(make_routes(settings, engine))
     return app
 
 
 def check_settings(settings: Settings) -> None:
-    """What the web part cannot do as asked. Raises: SettingsError."""
-    if settings.rate_limit != "off":
-        raise SettingsError(
-            f"RATE_LIMIT is {settings.rate_limit!r}; this version cannot limit requests and admits only off.",
-            field="rate_limit",
-            remedy="Set RATE_LIMIT=off and limit in the proxy.",
-        )
+    """What the web part cannot do as asked. Raises: SettingsError, MissingDependency."""
+    parse_rate_limit(settings.rate_limit)
+    if settings.redis_url:
+        RedisWindows(settings.redis_url)
+
+
+def open_keys(settings: Settings) -> KeyRing | None:
+    """The keys file, if there is one: that which the arbiter has read, or read now. Raises: SettingsError."""
+    if not settings.keys_file:
+        return None
+    path = Path(settings.keys_file)
+    if process.keys is not None and process.keys.path == path:
+        process.keys.refresh(now=True)
+        return process.keys
+    return KeyRing(path)

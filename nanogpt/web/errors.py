@@ -14,7 +14,7 @@ from flask import Flask, Response, g
 from werkzeug.exceptions import HTTPException
 from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 
-from nanogpt.errors import MethodNotAllowed, NanoGPTError, NotFound, Unauthorized
+from nanogpt.errors import MethodNotAllowed, NanoGPTError, NotFound, TooManyRequests, Unauthorized
 from nanogpt.web.answers import json_response
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,8 @@ def error_response(error: NanoGPTError) -> Response:
     response = json_response(error_body(error, g.get("request_id", "")), error.status)
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, TooManyRequests):
+        response.headers.update(error.headers)
     if isinstance(error, Unauthorized):
         response.headers["WWW-Authenticate"] = "Bearer"
     return response

@@ -76,6 +76,12 @@ class TextGeneration:
         self._closed = False
         self._first_token_at = 0.0
         self.outcome: Outcome | None = None
+        self.on_close: Callable[[], None] | None = None
+        """Called once, when nothing more will be added: what was taken for this text is settled."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self._num_prompt_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -135,6 +141,8 @@ class TextGeneration:
         self._closed = True
         if not self._ended:
             self._generation.abort()
+        if self.on_close is not None:
+            self.on_close()
 
     def _last_event(self) -> Finished | None:
         """The engine's account of a sequence that was aborted because its text is complete: it comes within a step.

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import BoundedSemaphore
 
-from flask import g, request
+from flask import current_app, g, request
 
 from nanogpt.engine.messages import GenerateRequest
 from nanogpt.errors import QueueFull
@@ -19,6 +19,7 @@ from nanogpt.web.caller import Caller
 from nanogpt.web.connection import make_client_gone
 from nanogpt.web.engine import EngineHandle, ServedModel
 from nanogpt.web.generation import TextGeneration
+from nanogpt.web.limits import Limiter
 from nanogpt.web.request_log import RequestLog
 
 
@@ -53,17 +54,26 @@ class GenerationService:
         """Hand a text to the engine; whoever gets it closes it. Raises: whatever the engine refuses it with."""
         record: RequestLog = g.record
         caller: Caller = g.caller
-        generation = self.engine.client.submit(
-            GenerateRequest(
-                prompt_token_ids,
-                params,
-                request_id=record.request_id,
-                client=caller.name,
-                timeout_s=self.settings.request_timeout_s,
-                max_concurrency=caller.max_concurrency or 0,
-            )
+        limiter: Limiter = current_app.extensions["nanogpt.limiter"]
+        settle, headers = limiter.reserve(
+            caller, len(prompt_token_ids) + self._most_new(model, prompt_token_ids, params)
         )
-        return TextGeneration(
+        g.limit_headers.update(headers)
+        try:
+            generation = self.engine.client.submit(
+                GenerateRequest(
+                    prompt_token_ids,
+                    params,
+                    request_id=record.request_id,
+                    client=caller.name,
+                    timeout_s=self.settings.request_timeout_s,
+                    max_concurrency=caller.max_concurrency or 0,
+                )
+            )
+        except BaseException:
+            settle(0)
+            raise
+        text = TextGeneration(
             generation,
             model.tokenizer,
             params.stop,
@@ -72,3 +82,12 @@ class GenerationService:
             client_gone=make_client_gone(request.environ),
             silence_s=self.settings.stream_ping_s,
         )
+        text.on_close = lambda: settle(text.num_prompt_tokens + text.num_tokens)
+        return text
+
+    def _most_new(self, model: ServedModel, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
+        """How many tokens the text can come to: the context may end before max_tokens does."""
+        block_size: int | None = model.card.get("block_size")
+        if block_size is None or self.settings.context_overflow != "stop":
+            return params.max_tokens
+        return min(params.max_tokens, max(0, block_size - len(prompt_token_ids) + 1))
