@@ -71,7 +71,8 @@ class Windows:
         self._clock = clock
         self._windows: OrderedDict[tuple[str, str, int], _Window] = OrderedDict()
 
-    def __len__(self) -> int:
+    @property
+    def num_windows(self) -> int:
         return len(self._windows)
 
     def take(

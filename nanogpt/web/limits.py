@@ -27,7 +27,7 @@ from nanogpt.settings import Settings
 from nanogpt.web.caller import Caller
 from nanogpt.web.engine import EngineHandle
 from nanogpt.web.rate_limit import describe, parse_rate_limit
-from nanogpt.web.redis_windows import RedisUnavailable, RedisWindows
+from nanogpt.web.redis_windows import MAX_CONNECTIONS, RedisUnavailable, RedisWindows
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,9 @@ class Limiter:
         """``counters`` stand for the host's ledger where there is none. Raises: SettingsError, MissingDependency."""
         self._rules = parse_rate_limit(settings.rate_limit)
         self._hold_s = settings.request_timeout_s + _HOLD_GRACE_S
-        self._host = counters or LedgerClient(lambda: run_dir_of(settings)[0], engine.state)
+        self._host = LedgerClient(lambda: run_dir_of(settings)[0], engine.state) if counters is None else counters
         self._redis = RedisWindows(settings.redis_url) if settings.redis_url else None
+        self._redis_places = threading.Semaphore(MAX_CONNECTIONS)
         self._retry_at = 0.0
         self._lock = threading.Lock()
         self.redis_ok: bool | None = True if self._redis else None
@@ -123,17 +124,26 @@ class Limiter:
         self, client: str, rules: Sequence[Rule], amount: int, *, hold: str = "", hold_s: float = 0.0
     ) -> tuple[Taken, Counters]:
         """By Redis if it answers, else by this host; and which of them it was."""
-        redis = self._redis
-        if redis is not None and self._may_try():
-            try:
-                taken = redis.take(client, rules, amount, hold=hold, hold_s=hold_s)
-            except RedisUnavailable as error:
-                self._on_failure(error)
-            else:
-                if not self.redis_ok:
-                    self._on_success()
-                return taken, redis
+        if self._redis is not None:
+            with self._redis_places:  # whoever had to wait here knows what happened to those before
+                taken = self._take_from_redis(self._redis, client, rules, amount, hold, hold_s)
+            if taken is not None:
+                return taken, self._redis
         return self._host.take(client, rules, amount, hold=hold, hold_s=hold_s), self._host
+
+    def _take_from_redis(
+        self, redis: RedisWindows, client: str, rules: Sequence[Rule], amount: int, hold: str, hold_s: float
+    ) -> Taken | None:
+        if not self._may_try():
+            return None
+        try:
+            taken = redis.take(client, rules, amount, hold=hold, hold_s=hold_s)
+        except RedisUnavailable as error:
+            self._on_failure(error)
+            return None
+        if not self.redis_ok:
+            self._on_success()
+        return taken
 
     def _may_try(self) -> bool:
         """While Redis fails, one request in a while finds out whether it is back; the others do not wait for it."""

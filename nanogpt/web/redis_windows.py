@@ -16,7 +16,9 @@ from nanogpt.errors import MissingDependency, ServiceUnavailable, SettingsError
 
 # A Redis in the same network answers within a millisecond; a request waits no longer than this for one that does not.
 _TIMEOUT_S = 0.25
-_MAX_CONNECTIONS = 16
+MAX_CONNECTIONS = 16
+"""Connections of one worker process; more threads than this wait for each other."""
+_POOL_S = 2.0
 _PREFIX = "nanogpt:window"
 
 # Shared by both scripts. Times are seconds as numbers; as text with all their digits, which tostring would cut off.
@@ -138,8 +140,8 @@ class RedisWindows:
         try:
             pool = redis.BlockingConnectionPool.from_url(
                 url,
-                max_connections=_MAX_CONNECTIONS,
-                timeout=_TIMEOUT_S,
+                max_connections=MAX_CONNECTIONS,
+                timeout=_POOL_S,
                 socket_timeout=_TIMEOUT_S,
                 socket_connect_timeout=_TIMEOUT_S,
                 retry=Retry(NoBackoff(), 0),
