@@ -14,7 +14,7 @@ PIP := PIP_CONSTRAINT="$(CONSTRAINTS)" PIP_BUILD_CONSTRAINT="$(CONSTRAINTS)" \
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shell find nanogpt -path '*/kernels/*' -type f)
 
 # Commands that the tests call and the Debian packages they come from. CI also runs the tests that are slow on a desk.
-SERVICES := curl:curl
+SERVICES := curl:curl nginx:nginx redis-server:redis-server
 ifneq ($(filter true 1 yes,$(CI)),)
 SERVICES += qemu-aarch64:qemu-user aarch64-linux-gnu-g++:g++-aarch64-linux-gnu
 endif
