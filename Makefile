@@ -14,7 +14,7 @@ PIP := PIP_CONSTRAINT="$(CONSTRAINTS)" PIP_BUILD_CONSTRAINT="$(CONSTRAINTS)" \
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shell find nanogpt -path '*/kernels/*' -type f)
 
 # Commands that the tests call and the Debian packages they come from. CI also runs the tests that are slow on a desk.
-SERVICES := curl:curl prometheus:prometheus
+SERVICES := curl:curl nginx:nginx prometheus:prometheus redis-server:redis-server
 ifneq ($(filter true 1 yes,$(CI)),)
 SERVICES += qemu-aarch64:qemu-user aarch64-linux-gnu-g++:g++-aarch64-linux-gnu
 endif
@@ -27,8 +27,10 @@ help: ## List the commands
 
 install: $(VENV)/.installed ## Create .venv and install the package, and PyTorch where the compiled CPU runner is missing
 
-serve: install ## Serve on http://localhost:5000 (MODEL_CHECKPOINT, HOST and PORT are honoured)
-	@exec $(BIN)/python -m web.serve
+# On loopback there are no clients to protect against each other: no limit there, unless RATE_LIMIT says one.
+serve: install ## Serve on http://localhost:5000 (MODEL_CHECKPOINT, HOST, PORT and RATE_LIMIT are honoured)
+	@case "$${HOST:-127.0.0.1}" in 127.*|localhost|::1) export RATE_LIMIT="$${RATE_LIMIT:-off}" ;; esac; \
+	exec $(BIN)/python -m web.serve
 
 test: $(VENV)/.installed-dev services ## Run every test (PYTEST_ARGS="-k tokenizer" for some)
 	@exec $(BIN)/python -m pytest $(PYTEST_ARGS)

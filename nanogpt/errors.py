@@ -6,6 +6,9 @@ file, the value, the limit and the remedy. Raising anything else out of a public
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 
 class NanoGPTError(Exception):
     """Base of every error that this product raises on purpose.
@@ -149,10 +152,17 @@ class UnsupportedMediaType(NanoGPTError):
 
 
 class TooManyRequests(NanoGPTError):
-    """This client is over its own limit."""
+    """This client is over its own limit. ``headers`` tell it how its limits stand."""
 
     status = 429
     code = "rate_limited"
+    headers: Mapping[str, str] = MappingProxyType({})
+
+
+class TokensLimited(TooManyRequests):
+    """This key's tokens a minute are used up."""
+
+    code = "tokens_limited"
 
 
 class ConcurrencyLimit(TooManyRequests):

@@ -104,10 +104,28 @@ class Settings:
         env="ADMIN_KEY",
         secret=True,
     )
+    keys_file: str = _setting(
+        "",
+        "File of further keys, each with a name and limits of its own, which nanogpt keys writes. Empty: none.",
+        env="NANOGPT_KEYS_FILE",
+    )
     rate_limit: str = _setting(
-        "off",
-        "Requests a client may send to the generating routes, for example 10 per minute; or off.",
+        "10 per minute",
+        "Requests a client may send to the generating routes: 10 per minute, 100/hour, several with ; between; or off.",
         env="RATE_LIMIT",
+    )
+    trusted_proxies: int = _setting(
+        0,
+        "Reverse proxies in front of the server, whose headers tell the client's address. 0: no header is believed.",
+        env="NANOGPT_TRUSTED_PROXIES",
+        low=0,
+        high=16,
+    )
+    redis_url: str = _setting(
+        "",
+        "Redis that several hosts share, for example redis://cache:6379/0. Empty: this host keeps to itself.",
+        env="REDIS_URL",
+        secret=True,
     )
     max_body_bytes: int = _setting(
         1_048_576, "Largest request body.", env="NANOGPT_MAX_BODY_BYTES", low=1024, high=2**31

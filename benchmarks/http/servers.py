@@ -59,6 +59,7 @@ def ours(folder: Path, precision: str, threads: int, workers: int) -> Server:
         "MODEL_CHECKPOINT": str(folder),
         "NANOGPT_PRECISION": precision,
         "NANOGPT_THREADS": str(threads),
+        "RATE_LIMIT": "off",
     }
     return Server(f"nano-gpt-api {precision}", f"nano-gpt-api {precision}", "/generate", command, environment, port)
 

@@ -94,7 +94,7 @@ def ensure_supervisor(settings: Settings, *, engine_argv: tuple[str, ...] = ENGI
     Raises: SettingsError when the run directory cannot be used; EngineLoading when no supervisor comes up.
     """
     reap()
-    run_dir, owner_pid = _whereabouts(settings)
+    run_dir, owner_pid = run_dir_of(settings)
     temporary = not settings.run_dir
     for _ in range(5):
         _checked(run_dir)
@@ -120,7 +120,7 @@ def shared_dir(settings: Settings) -> Path | None:
 
     Raises: SettingsError or OSError when the run directory cannot be used.
     """
-    run_dir, owner_pid = _whereabouts(settings)
+    run_dir, owner_pid = run_dir_of(settings)
     if owner_pid == os.getpid():
         return None
     with _locked(_checked(run_dir)):
@@ -130,6 +130,15 @@ def shared_dir(settings: Settings) -> Path | None:
                 shutil.rmtree(path, ignore_errors=True)
         folder.mkdir(mode=0o700, exist_ok=True)
     return folder
+
+
+def run_dir_of(settings: Settings) -> tuple[Path, int]:
+    """The run directory of this server's supervisor, started or not, and the process it lives for."""
+    if _started is not None:
+        return Path(_started[0]), _started[1]
+    owner_pid = _owner_pid()
+    folder = settings.run_dir or os.path.join(tempfile.gettempdir(), f"nanogpt-{os.getuid()}-{owner_pid}")
+    return Path(folder), owner_pid
 
 
 def reap() -> None:

@@ -1,4 +1,6 @@
-"""The supervisor process: ``python -m nanogpt.engine.supervisor``. It owns the engines' lives, and nothing else.
+"""The supervisor process: ``python -m nanogpt.engine.supervisor``. It owns the engines' lives, and the host's
+counters (``ledger``); nothing else.
+
 
 Light on purpose (no NumPy, no Flask), so that it outlives whatever kills an engine. One thread, one ``select``:
 
@@ -37,6 +39,7 @@ from typing import Any
 from nanogpt import logs
 from nanogpt.engine.engines import Engines
 from nanogpt.engine.follow import Follower
+from nanogpt.engine.ledger import Ledger
 from nanogpt.engine.owners import Owners, is_alive
 
 logger = logging.getLogger("nanogpt.engine")
@@ -57,6 +60,7 @@ class Supervisor:
         self.owners = Owners(self._selector)
         self.engines = Engines(self._selector, run_dir, settings, engine_argv, self._tell_all)
         self._follower = Follower(self.engines, settings) if settings["follow"] else None
+        self.ledger = Ledger(self._selector, run_dir)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(run_dir / "control.sock"))
         self._listener.listen(128)
@@ -113,6 +117,8 @@ class Supervisor:
                 self.owners.on_readable(key.fd)
             elif key.data is self.engines:
                 self.engines.on_readable(key.fd)
+            elif key.data is self.ledger:
+                self.ledger.on_readable(key.fileobj)
             elif isinstance(key.fileobj, socket.socket):
                 if mask & selectors.EVENT_WRITE:
                     self._tell(key.fileobj, b"")
@@ -207,6 +213,7 @@ class Supervisor:
         for client in list(self._clients):
             self._drop(client)
         self.owners.close()
+        self.ledger.close()
         signal.set_wakeup_fd(-1)
         self._selector.close()
         for end in (self._listener, self._wake_in, self._wake_out):

@@ -1,37 +1,48 @@
 """The Flask app: what surrounds every route, in the order in which a request meets it.
 
-route → request id → auth → (here a request is counted against its limit, once there are limits) → the route's own
-line in ``routes``. Making the app starts nothing: the engine is asked for when the first request needs it.
+route → request id → key → the client's limit → the route's own line in ``routes``. Making the app starts nothing: the
+engine is asked for when the first request needs it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 from flask import Flask, Response, g, request
 
 from nanogpt import logs
 from nanogpt.engine.client import EngineClient
+from nanogpt.engine.windows import Counters
 from nanogpt.errors import SettingsError
+from nanogpt.keys import KeyRing
 from nanogpt.settings import Settings
 from nanogpt.web import process
 from nanogpt.web.admin import make_admin_routes
-from nanogpt.web.auth import make_admin_check, make_check
+from nanogpt.web.auth import Doorkeeper
 from nanogpt.web.caller import Caller
+from nanogpt.web.client_address import client_address
 from nanogpt.web.docs_routes import make_docs_routes
 from nanogpt.web.engine import EngineHandle
 from nanogpt.web.errors import register_error_handlers
+from nanogpt.web.limits import GENERATING_ROUTES, Limiter
 from nanogpt.web.metrics import metrics
 from nanogpt.web.metrics_page import make_metrics_page
 from nanogpt.web.openai.routes import make_openai_routes
+from nanogpt.web.rate_limit import parse_rate_limit
+from nanogpt.web.redis_windows import RedisWindows
 from nanogpt.web.request_log import RequestLog, request_id
 from nanogpt.web.routes import make_routes
 from nanogpt.web.service import GenerationService
 
 
-def create_app(settings: Settings | None = None, *, client: EngineClient | None = None) -> Flask:
+def create_app(
+    settings: Settings | None = None, *, client: EngineClient | None = None, counters: Counters | None = None
+) -> Flask:
     """The WSGI app. Without settings: those that gunicorn's arbiter checked, else this process's own.
+
+    ``client`` and ``counters`` stand for the engine and for the host's ledger.
 
     Raises: SettingsError.
     """
@@ -42,14 +53,19 @@ def create_app(settings: Settings | None = None, *, client: EngineClient | None 
     app = Flask("nanogpt.web", static_folder=None)
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.url_map.merge_slashes = False
-    check_key, check_admin = make_check(settings.api_key), make_admin_check(settings.admin_key)
+    engine = EngineHandle(settings, client)
+    limiter = Limiter(settings, engine, counters)
+    doorkeeper = Doorkeeper(settings.api_key, open_keys(settings), settings.admin_key)
 
     @app.before_request
     def enter() -> None:
         g.request_id = request_id(request)
         g.record = RequestLog.start(request, g.request_id)
-        g.caller = Caller(f"address:{request.remote_addr}")
-        (check_admin if request.blueprint == "admin" else check_key)(request)
+        g.caller = Caller(f"address:{client_address(request, settings.trusted_proxies)}")
+        g.caller = doorkeeper.identify(request) or g.caller
+        g.limit_headers = {}
+        if request.url_rule is not None and request.url_rule.rule in GENERATING_ROUTES:
+            g.limit_headers = limiter.admit(g.caller)
 
     @app.after_request
     def leave(response: Response) -> Response:
@@ -59,13 +75,16 @@ def create_app(settings: Settings | None = None, *, client: EngineClient | None 
             if record.trace.traceparent is not None:
                 response.headers["traceparent"] = record.trace.traceparent
             record.caller = g.caller.name
+            response.headers.update(g.get("limit_headers", {}))
             response.call_on_close(lambda: record.finish(response.status_code))
         return response
 
     register_error_handlers(app)
-    app.extensions["nanogpt"] = engine = EngineHandle(settings, client)
+    app.extensions["nanogpt"] = engine
+    app.extensions["nanogpt.limiter"] = limiter
+    app.extensions["nanogpt.doorkeeper"] = doorkeeper
     metrics.configure(settings)
-    service = GenerationService(settings, engine)
+    service = GenerationService(settings, engine, limiter)
     app.register_blueprint(make_routes(service))
     app.register_blueprint(make_openai_routes(service))
     app.register_blueprint(make_docs_routes(settings))
@@ -76,13 +95,10 @@ def create_app(settings: Settings | None = None, *, client: EngineClient | None 
 
 
 def check_settings(settings: Settings) -> None:
-    """What the web part cannot do as asked. Raises: SettingsError."""
-    if settings.rate_limit != "off":
-        raise SettingsError(
-            f"RATE_LIMIT is {settings.rate_limit!r}; this version cannot limit requests and admits only off.",
-            field="rate_limit",
-            remedy="Set RATE_LIMIT=off and limit in the proxy.",
-        )
+    """What the web part cannot do as asked. Raises: SettingsError, MissingDependency."""
+    parse_rate_limit(settings.rate_limit)
+    if settings.redis_url:
+        RedisWindows(settings.redis_url)
     if settings.admin_key and settings.admin_key == settings.api_key:
         raise SettingsError(
             "ADMIN_KEY is the same as API_KEY: everybody who may generate could change the model.",
@@ -101,3 +117,14 @@ def check_settings(settings: Settings) -> None:
             field="follow",
             remedy="Serve the folder that the training run writes to, such as log/.",
         )
+
+
+def open_keys(settings: Settings) -> KeyRing | None:
+    """The keys file, if there is one: that which the arbiter has read, or read now. Raises: SettingsError."""
+    if not settings.keys_file:
+        return None
+    path = Path(settings.keys_file)
+    if process.keys is not None and process.keys.path == path:
+        process.keys.refresh(now=True)
+        return process.keys
+    return KeyRing(path)

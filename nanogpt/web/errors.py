@@ -15,7 +15,7 @@ from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 
-from nanogpt.errors import MethodNotAllowed, NanoGPTError, NotFound, Unauthorized
+from nanogpt.errors import MethodNotAllowed, NanoGPTError, NotFound, TooManyRequests, Unauthorized
 from nanogpt.web.answers import json_response
 from nanogpt.web.openai.errors import is_openai, openai_error
 
@@ -38,6 +38,8 @@ def error_response(error: NanoGPTError) -> Response:
     response = json_response(body, error.status)
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, TooManyRequests):
+        response.headers.update(error.headers)
     if isinstance(error, Unauthorized):
         response.headers["WWW-Authenticate"] = "Bearer"
     return response

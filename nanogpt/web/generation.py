@@ -67,7 +67,7 @@ class TextGeneration:
         started: float,
         client_gone: Callable[[], bool],
         silence_s: float,
-        on_close: Callable[[TextGeneration], None] | None = None,
+        on_close: Sequence[Callable[[TextGeneration], None]] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self._generation = generation
@@ -82,11 +82,16 @@ class TextGeneration:
         self._first_token_at = 0.0
         self._on_close = on_close
         self.outcome: Outcome | None = None
+        self.refused = False
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         """Of the tokens so far, where they were asked for."""
         self.finished: Finished | None = None
         """The engine's own account, once it is there."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self._num_prompt_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -130,7 +135,11 @@ class TextGeneration:
 
     def wait_accepted(self) -> None:
         """Needed once where the text was only sent. Raises: what the engine refuses it with."""
-        self._generation.wait_accepted()
+        try:
+            self._generation.wait_accepted()
+        except NanoGPTError:
+            self.refused = True
+            raise
 
     def advance(self, timeout_s: float) -> str:
         """Wait so long for the engine's next word. The text that it adds; past the last of it ``outcome`` is there.
@@ -181,8 +190,8 @@ class TextGeneration:
         self._closed = True
         if not self._ended:
             self._generation.abort()
-        if self._on_close is not None:
-            self._on_close(self)
+        for tell in self._on_close:
+            tell(self)
 
     def _last_event(self) -> Finished | None:
         """The engine's account of a sequence that was aborted because its text is complete: it comes within a step.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from nanogpt.engine.client import EngineStatus
 from nanogpt.settings import Settings
+from nanogpt.web.rate_limit import describe, parse_rate_limit
 
 
 def greeting(settings: Settings, status: EngineStatus, urls: list[str]) -> Iterator[str]:
@@ -18,15 +19,20 @@ def greeting(settings: Settings, status: EngineStatus, urls: list[str]) -> Itera
         what = f"{card['family']}, {_count(card['parameters'])} parameters, context {card['block_size']}"
         how = f"{status.device}, {status.runner} runner, {status.precision}"
         yield f"Serving {status.model} ({what}, tokenizer {card['tokenizer']}) on {how}."
-    to_whom = (
-        "to those who have the API key" if settings.api_key else "to everybody who reaches it (API_KEY is not set)"
-    )
+    is_closed = bool(settings.api_key or settings.keys_file)
+    to_whom = "to those who have the API key" if is_closed else "to everybody who reaches it (API_KEY is not set)"
     yield f"Open at {' and '.join(urls)} {to_whom}."
     if url.startswith("http"):
-        key = " -H 'X-API-Key: …'" if settings.api_key else ""
+        key = " -H 'X-API-Key: …'" if is_closed else ""
         body = '{"prompt": "Once upon a time", "max_length": 100}'
         url = url.replace("//0.0.0.0:", "//localhost:").replace("//[::]:", "//localhost:")
         yield f"Try: curl {url}/generate -H 'Content-Type: application/json'{key} -d '{body}'"
+    rules = parse_rate_limit(settings.rate_limit)
+    if rules:
+        where = "over all hosts with this Redis" if settings.redis_url else "on this host"
+        yield f"Rate limit: {describe(rules)} for each client on the generating routes, counted {where}."
+    else:
+        yield "Rate limit: none (RATE_LIMIT is off)."
 
 
 def _count(number: int) -> str:

@@ -33,7 +33,8 @@ from nanogpt.engine.launch import Handle, start_supervisor
 from nanogpt.errors import NanoGPTError
 from nanogpt.settings import Settings
 from nanogpt.web import process
-from nanogpt.web.app import check_settings
+from nanogpt.web.app import check_settings, create_app, open_keys
+from nanogpt.web.exposure import exposure_lines
 from nanogpt.web.greeting import greeting
 from nanogpt.web.metrics import metrics
 
@@ -50,6 +51,7 @@ _KILL_AFTER_DRAIN_S = 2
 # Read again on SIGHUP; whatever else changed needs a new engine, and so a restart.
 _RELOADABLE = frozenset(
     {"api_key", "admin_key", "rate_limit", "max_body_bytes", "max_prompt_chars", "max_new_tokens", "request_timeout_s"}
+    | {"keys_file", "trusted_proxies", "redis_url"}
     | {"stream_ping_s", "engine_wait_s", "http_workers", "http_threads", "drain_timeout_s", "log_format", "log_level"}
 )
 
@@ -71,6 +73,7 @@ def load_settings(load: Callable[[], Settings] = Settings.load) -> Settings:
     try:
         settings = load()
         check_settings(settings)
+        keys = open_keys(settings)
     except NanoGPTError as error:
         if former is None:
             _fail(str(error), error.exit_code)
@@ -85,7 +88,7 @@ def load_settings(load: Callable[[], Settings] = Settings.load) -> Settings:
         if kept:
             log.warning("Takes effect at the next start only: %s.", ", ".join(kept))
         settings = dataclasses.replace(settings, **kept)
-    process.settings = settings
+    process.settings, process.keys = settings, keys
     return settings
 
 
@@ -103,6 +106,8 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "graceful_timeout": int(settings.drain_timeout_s) + _KILL_AFTER_DRAIN_S,
         "logger_class": "nanogpt.web.gunicorn_log.GunicornLogger",
         "loglevel": settings.log_level,
+        # Headers of proxies are the app's matter (the setting trusted_proxies): gunicorn shall believe none.
+        "forwarded_allow_ips": "",
         # A second way to command the server that nobody asked for, at one path for all servers of a user.
         "control_socket_disable": True,
         "on_starting": on_starting,
@@ -142,10 +147,11 @@ def on_starting(arbiter: Arbiter) -> None:
 def when_ready(arbiter: Arbiter) -> None:
     settings = process.settings or Settings()
     addresses = [listener.getsockname() for listener in arbiter.LISTENERS]
-    for line in greeting(settings, _status, [_url(address) for address in addresses]):
+    lines = greeting(settings, _status, [_url(address) for address in addresses])
+    for line in [*lines, *exposure_lines(create_app(settings))]:
         log.info("%s", line)
     beyond = [_url(address) for address in addresses if not _is_loopback(address)]
-    if beyond and not settings.api_key:
+    if beyond and not settings.api_key and not settings.keys_file:
         log.warning("Everybody who reaches %s may use this server: API_KEY is not set.", ", ".join(beyond))
 
 

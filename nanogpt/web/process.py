@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from nanogpt.keys import KeyRing
 from nanogpt.settings import Settings
 
 settings: Settings | None = None
 """The settings that the arbiter checked and that the engine was started with."""
+
+keys: KeyRing | None = None
+"""The keys file as the arbiter read it: a worker that is born while the file is broken still knows the former keys."""
 
 stop_at: float | None = None
 """Set once this worker is told to stop: the moment (monotonic) at which its generations end with what they have."""

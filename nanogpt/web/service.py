@@ -13,7 +13,7 @@ from flask import g, request
 
 from nanogpt.engine.client import Events, Generation
 from nanogpt.engine.messages import GenerateRequest
-from nanogpt.errors import ModelChanged, QueueFull
+from nanogpt.errors import InvalidRequest, ModelChanged, QueueFull
 from nanogpt.sampling_params import SamplingParams
 from nanogpt.settings import Settings
 from nanogpt.web.caller import Caller
@@ -21,15 +21,17 @@ from nanogpt.web.connection import make_client_gone
 from nanogpt.web.engine import EngineHandle, ServedModel
 from nanogpt.web.generation import TextGeneration
 from nanogpt.web.group import TextGroup
+from nanogpt.web.limits import Limiter
 from nanogpt.web.request_log import RequestLog
 
 
 class GenerationService:
     """Starts texts on this process's engine."""
 
-    def __init__(self, settings: Settings, engine: EngineHandle) -> None:
+    def __init__(self, settings: Settings, engine: EngineHandle, limiter: Limiter) -> None:
         self.settings = settings
         self.engine = engine
+        self._limiter = limiter
         # gunicorn runs a few threads more than this, so that /health answers in time however many texts are being
         # written.
         self._places = BoundedSemaphore(settings.http_threads)
@@ -65,6 +67,10 @@ class GenerationService:
         """
         record: RequestLog = g.record
         caller: Caller = g.caller
+        settle, headers = self._limiter.reserve(
+            caller, len(prompt_token_ids) + self._most_new(model, prompt_token_ids, params)
+        )
+        g.limit_headers.update(headers)
         wanted = GenerateRequest(
             prompt_token_ids,
             params,
@@ -73,7 +79,16 @@ class GenerationService:
             timeout_s=self.settings.request_timeout_s,
             max_concurrency=caller.max_concurrency or 0,
         )
-        generation = self._submit(model, wanted, events)
+        try:
+            generation = self._submit(model, wanted, events)
+        except BaseException:
+            settle(0)
+            raise
+
+        def settle_text(text: TextGeneration) -> None:
+            settle(0 if text.refused else text.num_prompt_tokens + text.num_tokens)
+
+        begun = record.generation_begins(model.name, params, len(prompt_token_ids))
         return TextGeneration(
             generation,
             model.tokenizer,
@@ -82,14 +97,22 @@ class GenerationService:
             started=record.started,
             client_gone=make_client_gone(request.environ),
             silence_s=self.settings.stream_ping_s,
-            on_close=record.generation_begins(model.name, params, len(prompt_token_ids)),
+            on_close=[settle_text] if begun is None else [settle_text, begun],
         )
 
     def start_many(self, model: ServedModel, texts: Sequence[tuple[Sequence[int], SamplingParams]]) -> TextGroup:
         """Hand all texts of one request to the engine, before any of them is waited for; whoever gets them closes them.
 
-        Raises: whatever the engine refuses one of them with; then none of them goes on.
+        Raises: whatever the engine refuses one of them with; then none of them goes on. InvalidRequest for more texts
+        than the key may ever have at once.
         """
+        limit = g.caller.max_concurrency
+        if limit is not None and len(texts) > limit:
+            raise InvalidRequest(
+                f"The request asks for {len(texts)} texts at once; this key may have {limit}.",
+                field="n",
+                remedy="Ask for fewer, in several requests.",
+            )
         try:
             return self._start_many(model, texts)
         except ModelChanged:
@@ -122,3 +145,10 @@ class GenerationService:
         if now.tokenizer is not model.tokenizer:
             raise ModelChanged("The model was changed at this moment.", remedy="Send the request again.")
         return now
+
+    def _most_new(self, model: ServedModel, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
+        """How many tokens the text can come to: the context may end before max_tokens does."""
+        block_size: int | None = model.card.get("block_size")
+        if block_size is None or self.settings.context_overflow != "stop":
+            return params.max_tokens
+        return min(params.max_tokens, max(0, block_size - len(prompt_token_ids) + 1))

@@ -45,7 +45,7 @@ def environment() -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("NANOGPT_")}
     for key in ("MODEL_CHECKPOINT", "API_KEY", "HOST"):
         kept.pop(key, None)
-    return kept | {"OMP_NUM_THREADS": "1"}
+    return kept | {"OMP_NUM_THREADS": "1", "RATE_LIMIT": "off"}
 
 
 @pytest.fixture(scope="module")

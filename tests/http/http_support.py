@@ -52,7 +52,9 @@ class Server:
         self.mark = uuid.uuid4().hex
         self.run_dir = folder / "run"
         self.log_path = folder / "log"
-        keep = {k: v for k, v in os.environ.items() if not k.startswith(("NANOGPT_", "API_KEY", "MODEL_CH"))}
+        keep = {
+            k: v for k, v in os.environ.items() if not k.startswith(("NANOGPT_", "API_KEY", "MODEL_CH", "REDIS_URL"))
+        }
         self.environment = {
             **keep,
             "OMP_NUM_THREADS": "1",
@@ -60,6 +62,7 @@ class Server:
             "PORT": "0",
             "NANOGPT_RUN_DIR": str(self.run_dir),
             "PYTHONUNBUFFERED": "1",
+            "RATE_LIMIT": "off",
             MARK: self.mark,
             **environment,
         }

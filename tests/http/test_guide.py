@@ -133,7 +133,7 @@ def test_importing_the_front_door_starts_nothing() -> None:
         (["gunicorn", "web.serve:app"], {"NANOGPT_PORT": "1"}, 2, "Unknown environment variable NANOGPT_PORT."),
         (["python", "-m", "web.serve", "--prot", "80"], {}, 2, "unrecognized arguments: --prot"),
         (["nanogpt", "serve", "--max-queue", "-1"], {}, 2, "between 0 and 1e+06"),
-        (["nanogpt", "serve"], {"RATE_LIMIT": "10 per minute"}, 2, "RATE_LIMIT"),
+        (["nanogpt", "serve"], {"RATE_LIMIT": "10 per fortnight"}, 2, "RATE_LIMIT is '10 per fortnight'"),
         (["nanogpt", "serve", "--config", "/no/such.toml"], {}, 2, "/no/such.toml"),
         (["nanogpt", "serve", "--host", "192.0.2.1"], {}, 1, "192.0.2.1"),
     ],

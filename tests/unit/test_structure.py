@@ -16,7 +16,7 @@ PACKAGE = ROOT / "nanogpt"
 # The floors of the house, from the ground up. A module may import from its own part and from lower floors only.
 FLOORS: list[set[str]] = [
     {"_version", "errors"},
-    {"settings", "sampling_params", "chat_template", "grammars"},
+    {"settings", "sampling_params", "chat_template", "grammars", "keys"},
     {"logs", "kernels"},
     {"model", "tokenizer"},
     {"checkpoint"},

@@ -47,6 +47,8 @@ def test_a_server_that_strangers_reach_without_a_key_says_so(
         gunicorn_hooks.when_ready(arbiter(address))
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert bool(warnings) == warns
+    assert "whoever has the admin key: no route" in caplog.text
+    assert ("Open to everybody: GET /, POST /generate," in caplog.text) == (not api_key)
     assert all("API_KEY is not set" in warning for warning in warnings)
 
 
@@ -64,6 +66,23 @@ def test_the_greeting_names_model_place_and_price_of_entry() -> None:
     assert "to those who have the API key" in locked[1]
     assert "X-API-Key" in locked[2]
     assert "k3y" not in "".join(locked)
+    by_file = list(greeting(Settings(keys_file="keys.json"), status, ["http://127.0.0.1:5000"]))
+    assert "to those who have the API key" in by_file[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({}, "Rate limit: 10 per minute for each client on the generating routes, counted on this host."),
+        (
+            {"redis_url": "redis://cache"},
+            "Rate limit: 10 per minute for each client on the generating routes, counted over",
+        ),
+        ({"rate_limit": "off"}, "Rate limit: none (RATE_LIMIT is off)."),
+    ],
+)
+def test_the_greeting_says_what_is_limited(settings: dict[str, str], says: str) -> None:
+    assert any(line.startswith(says) for line in greeting(Settings(**settings), EngineStatus(), ["http://[::1]:80"]))
 
 
 def test_a_model_that_takes_long_to_load_is_announced() -> None:

@@ -13,6 +13,7 @@ from flask import Flask
 
 from nanogpt.engine.client import EngineStatus
 from nanogpt.engine.messages import Finished, GenerateRequest, Timings, Tokens
+from nanogpt.engine.windows import Windows
 from nanogpt.sampling_params import TokenLogprobs
 from nanogpt.settings import Settings
 from nanogpt.tokenizer import characters
@@ -98,4 +99,5 @@ class EchoClient:
 
 
 def make_app(client: EchoClient | None = None, **settings: Any) -> Flask:
-    return create_app(Settings(**settings), client=client or EchoClient())  # type: ignore[arg-type]
+    settings = {"rate_limit": "off", **settings}
+    return create_app(Settings(**settings), client=client or EchoClient(), counters=Windows())  # type: ignore[arg-type]
