@@ -194,7 +194,9 @@ def _spawn(
 
     A session of its own: Ctrl-C in the terminal is for the HTTP server, which lets its requests finish first.
     """
-    environ = {name: value for name, value in os.environ.items() if name != "API_KEY"}
+    secrets = [field for field in dataclasses.fields(settings) if field.metadata["secret"]]
+    variables = {field.metadata["env"] for field in secrets}
+    environ = {name: value for name, value in os.environ.items() if name not in variables}
     home = Path(nanogpt.__file__).resolve().parents[1]
     if home.name not in ("site-packages", "dist-packages"):
         environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(home), environ.get("PYTHONPATH"))))
@@ -210,8 +212,8 @@ def _spawn(
         "owner_pid": owner_pid,
         "remove_run_dir": temporary,
         "engine_argv": list(engine_argv),
-        # The engine has no use for the key.
-        "settings": dataclasses.asdict(dataclasses.replace(settings, api_key="")),
+        # The engine has no use for them.
+        "settings": {**dataclasses.asdict(settings), **{field.name: "" for field in secrets}},
     }
     assert process.stdin is not None
     assert process.stdout is not None

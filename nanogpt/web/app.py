@@ -19,6 +19,7 @@ from nanogpt.web.auth import make_check
 from nanogpt.web.caller import Caller
 from nanogpt.web.engine import EngineHandle
 from nanogpt.web.errors import register_error_handlers
+from nanogpt.web.redis_link import check_redis_url
 from nanogpt.web.request_log import RequestLog, request_id
 from nanogpt.web.routes import make_routes
 
@@ -49,6 +50,8 @@ def create_app(settings: Settings | None = None, *, client: EngineClient | None 
         record: RequestLog | None = g.get("record")
         if record is not None:
             response.headers["X-Request-Id"] = record.request_id
+            if record.cache is not None:
+                response.headers["X-Cache"] = record.cache
             response.call_on_close(lambda: record.finish(response.status_code))
         return response
 
@@ -59,7 +62,8 @@ def create_app(settings: Settings | None = None, *, client: EngineClient | None 
 
 
 def check_settings(settings: Settings) -> None:
-    """What the web part cannot do as asked. Raises: SettingsError."""
+    """What the web part cannot do as asked. Raises: SettingsError, MissingDependency."""
+    check_redis_url(settings.redis_url)
     if settings.rate_limit != "off":
         raise SettingsError(
             f"RATE_LIMIT is {settings.rate_limit!r}; this version cannot limit requests and admits only off.",

@@ -7,12 +7,16 @@ and socket do not outlive a fork. Where nobody has started the engine (gunicorn 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgpack
+
+from nanogpt._version import __version__
 from nanogpt.engine.client import EngineClient, EngineStatus, refusal
 from nanogpt.settings import Settings
 from nanogpt.tokenizer import tokenizer_from_spec
@@ -30,6 +34,8 @@ class ServedModel:
     tokenizer: Tokenizer
     digest: str = ""
     card: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    """Of all that a text depends on beside its request: equal fingerprints write equal texts. Empty: not known."""
 
 
 class EngineHandle:
@@ -69,8 +75,29 @@ class EngineHandle:
                 # A new engine has said hello: its tokenizer is made once, however many requests wait for it.
                 if self._model is None or self._spec is not status.tokenizer:
                     self._model = ServedModel(
-                        status.model, tokenizer_from_spec(status.tokenizer), status.digest or "", status.card or {}
+                        status.model,
+                        tokenizer_from_spec(status.tokenizer),
+                        status.digest or "",
+                        status.card or {},
+                        fingerprint(status),
                     )
                     self._spec = status.tokenizer
                 model = self._model
         return model
+
+
+# What the card says of the file. The rest of it is the architecture, which is as much a part of a text as the weights.
+_OF_THE_FILE = frozenset(
+    {"name", "family", "path", "file_bytes", "step", "recorded_loss", "weights_bytes", "dtype", "tokenizer"}
+    | {"chat_template", "notes"}
+)
+
+
+def fingerprint(status: EngineStatus) -> str:
+    """See ServedModel.fingerprint. This version of the program counts, too: it may compute or draw differently."""
+    if not status.digest:
+        return ""
+    architecture = {name: value for name, value in sorted((status.card or {}).items()) if name not in _OF_THE_FILE}
+    arithmetic = [status.device, status.runner, status.precision]
+    parts = [__version__, status.digest, architecture, arithmetic, status.tokenizer]
+    return hashlib.sha256(msgpack.packb(parts)).hexdigest()

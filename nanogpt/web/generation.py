@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from nanogpt.engine.client import Generation
 from nanogpt.engine.messages import TIMEOUT, Finished, Tokens
 from nanogpt.errors import EngineDied, EngineDraining, NanoGPTError, RequestTimeout
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.text import TextStream
 from nanogpt.web import process
+from nanogpt.web.cache import BYPASS, HIT
+from nanogpt.web.flights import Source
 
 # How long a wait for the engine may keep a thread from noticing that the client left or that the worker quits.
 _LOOK_UP_S = 0.25
@@ -41,10 +42,13 @@ class Outcome:
     queue_s: float
     ttft_s: float
     total_s: float
+    cache: str = BYPASS
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the decoding alone: the tokens after the first, over the time after the first."""
+        """Of the decoding alone: the tokens after the first, over the time after the first. 0: nothing was decoded."""
+        if self.cache == HIT:
+            return 0.0
         decoding_s = self.total_s - self.ttft_s
         return (self.num_output_tokens - 1) / decoding_s if self.num_output_tokens > 1 and decoding_s > 0 else 0.0
 
@@ -52,12 +56,15 @@ class Outcome:
 class TextGeneration:
     """Iterate for the pieces of text as they come; then ``outcome`` is there. None: still nothing, after a while.
 
+    ``cache`` is what ``X-Cache`` says. ``stopped`` is called when a stop text has ended the text, before the engine is
+    told that the rest is not wanted.
+
     Raises (from iteration): ClientGone, EngineDied, EngineDraining, RequestTimeout.
     """
 
     def __init__(
         self,
-        generation: Generation,
+        generation: Source,
         tokenizer: Tokenizer,
         stop: Sequence[str],
         *,
@@ -65,6 +72,8 @@ class TextGeneration:
         started: float,
         client_gone: Callable[[], bool],
         silence_s: float,
+        cache: str = BYPASS,
+        stopped: Callable[[], None] | None = None,
     ) -> None:
         self._generation = generation
         self._text = TextStream(tokenizer, stop)
@@ -72,6 +81,8 @@ class TextGeneration:
         self._started = started
         self._client_gone = client_gone
         self._silence_s = silence_s
+        self.cache = cache
+        self._stopped = stopped
         self._ended = False
         self._closed = False
         self._first_token_at = 0.0
@@ -112,6 +123,8 @@ class TextGeneration:
                 self._finish(event, "stop" if self._text.stopped else event.reason)
                 return
             if self._text.stopped:
+                if self._stopped is not None:
+                    self._stopped()
                 self._generation.abort()
                 self._finish(self._last_event(), "stop")
                 return
@@ -161,4 +174,5 @@ class TextGeneration:
             queue_s=finished.timings.queue_s if finished else 0.0,
             ttft_s=(self._first_token_at or now) - self._started,
             total_s=now - self._started,
+            cache=self.cache,
         )

@@ -41,6 +41,8 @@ class RequestLog:
     started: float = field(default_factory=time.monotonic)
     num_tokens: int | None = None
     ttft_s: float | None = None
+    cache: str | None = None
+    """What X-Cache says: hit, miss or bypass. Of several texts, a miss if any was one."""
     outcome: str | None = None
     """A generation's finish_reason, or the code of what it was refused or ended with."""
 
@@ -50,6 +52,9 @@ class RequestLog:
         self = cls(request_id, request.method if request.method in _METHODS else "(no method)", route)
         self._write(f"Request: {self.method} {self.route} id={request_id}", {})
         return self
+
+    def note_cache(self, use: str) -> None:
+        self.cache = use if self.cache is None or use == "miss" else self.cache
 
     def describe(self, text: TextGeneration) -> None:
         """Note what a generation came to, for the last line."""
@@ -61,6 +66,8 @@ class RequestLog:
         fields: dict[str, object] = {"status": status}
         if self.outcome is not None:
             fields["outcome"] = self.outcome
+        if self.cache is not None:
+            fields["cache"] = self.cache
         if self.num_tokens is not None:
             fields["tokens"] = self.num_tokens
         if self.ttft_s is not None:

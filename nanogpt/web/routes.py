@@ -31,7 +31,7 @@ def make_routes(settings: Settings, engine: EngineHandle) -> Blueprint:
         with ExitStack() as held:
             held.enter_context(service.place())
             model = service.model()
-            text = service.start(model, model.tokenizer.encode(body.prompt), body.sampling_params())
+            text = service.start(model, model.tokenizer.encode(body.prompt), body.sampling_params(), cache=body.cache)
             held.enter_context(closing(text))
             if body.stream:
                 final = partial(generate_answer, body, model)

@@ -67,6 +67,7 @@ class GenerateBody(BaseModel):
         None, description="Added to the logits: token id to bias."
     )
     stream: bool = Field(False, description="Answer with server-sent events.")
+    cache: bool = Field(True, description="Whether an identical answer that is there already may be used.")
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any], settings: Settings) -> GenerateBody:

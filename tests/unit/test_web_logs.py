@@ -53,7 +53,8 @@ def test_a_request_leaves_the_guides_two_lines(log: Log, log_format: str) -> Non
         assert LINE.fullmatch(second)
         assert first.endswith(" - INFO - Request: POST /generate id=r-1")
         assert re.search(
-            r" - INFO - Response: 200 POST /generate id=r-1 outcome=length tokens=7 ttft_s=[\d.]+ total_s=[\d.]+$",
+            r" - INFO - Response: 200 POST /generate id=r-1"
+            r" outcome=length cache=bypass tokens=7 ttft_s=[\d.]+ total_s=[\d.]+$",
             second,
         )
     else:
