@@ -22,6 +22,7 @@ from nanogpt.web.errors import register_error_handlers
 from nanogpt.web.redis_link import check_redis_url
 from nanogpt.web.request_log import RequestLog, request_id
 from nanogpt.web.routes import make_routes
+from nanogpt.web.service import GenerationService
 
 
 def create_app(settings: Settings | None = None, *, client: EngineClient | None = None) -> Flask:
@@ -57,7 +58,9 @@ def create_app(settings: Settings | None = None, *, client: EngineClient | None 
 
     register_error_handlers(app)
     app.extensions["nanogpt"] = engine = EngineHandle(settings, client)
-    app.register_blueprint(make_routes(settings, engine))
+    service = GenerationService(settings, engine)
+    app.extensions["nanogpt.cache"] = service.cache.stats
+    app.register_blueprint(make_routes(settings, engine, service))
     return app
 
 

@@ -154,7 +154,7 @@ class ResponseCache:
             return None
         packed, left_s = found
         try:
-            entry = unpack(packed, num_prompt_tokens, params)
+            entry = unpack(packed, key, num_prompt_tokens, params)
         except ValueError as error:
             self.stats.add("bad_entries")
             if not self._said_bad:
@@ -166,11 +166,11 @@ class ResponseCache:
 
     def keep(self, key: bytes, entry: Entry, params: SamplingParams) -> bytes | None:
         """Into this process's memory. Returns the packed entry for ``keep_shared``; None if it cannot be kept."""
-        packed = entry.pack()
+        packed = entry.pack(key)
         if len(packed) > self.max_entry_bytes:
             return None
         try:
-            unpack(packed, entry.num_prompt_tokens, params)
+            unpack(packed, key, entry.num_prompt_tokens, params)
         except ValueError as error:  # it would be refused when it is needed
             log.error("The engine's answer cannot be kept (%s).", error)
             return None

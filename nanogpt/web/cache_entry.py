@@ -1,11 +1,13 @@
 """A finished answer as it is kept: what the engine said, packed, and read back with distrust.
 
 Kept are token ids, not text: an answer from the cache is made from them exactly as one from the engine. What comes back
-from Redis is data from outside, so every part of it is checked; whatever is not an entry of ours is none at all.
+from Redis is data from outside, so every part of it is checked; whatever is not an entry of ours is none at all. A sum
+over the entry and its key finds what was damaged or lies under another's name; it is no signature.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ FORMAT = 1
 """Raise it when the meaning of the stored bytes changes: entries of another format are never looked at."""
 
 _MAX_TOKEN_ID = 2**31
+_SUM_BYTES = 16
 _REASONS: tuple[FinishReason, ...] = ("stop", "length")
 
 
@@ -47,7 +50,7 @@ class Entry:
             ),
         ]
 
-    def pack(self) -> bytes:
+    def pack(self, key: bytes) -> bytes:
         packed: bytes = msgpack.packb(
             [
                 FORMAT,
@@ -61,13 +64,17 @@ class Entry:
                 else [None if item is None else _pack_logprobs(item) for item in self.prompt_logprobs],
             ]
         )
-        return packed
+        return _sum(packed, key) + packed
 
 
-def unpack(data: bytes, num_prompt_tokens: int, params: SamplingParams) -> Entry:
+def unpack(data: bytes, key: bytes, num_prompt_tokens: int, params: SamplingParams) -> Entry:
     """The entry that ``pack`` wrote for this request. Raises: ValueError for anything else."""
+    packed = data[_SUM_BYTES:]
+    _expect(data[:_SUM_BYTES] == _sum(packed, key), "damaged, or under a wrong name")
     try:
-        values = msgpack.unpackb(data, strict_map_key=True, max_str_len=16, max_map_len=0, max_bin_len=0, max_ext_len=0)
+        values = msgpack.unpackb(
+            packed, strict_map_key=True, max_str_len=16, max_map_len=0, max_bin_len=0, max_ext_len=0
+        )
     except Exception as error:  # msgpack has errors of several families
         raise ValueError(f"not msgpack: {type(error).__name__}") from None
     _expect(type(values) is list and len(values) == 7 and values[0] == FORMAT, "not an entry of this format")
@@ -128,6 +135,10 @@ def _is_int(value: Any) -> bool:
 
 def _is_logprob(value: Any) -> bool:
     return type(value) is float and not math.isnan(value)
+
+
+def _sum(packed: bytes, key: bytes) -> bytes:
+    return hashlib.blake2b(packed, digest_size=_SUM_BYTES, key=key).digest()
 
 
 def _expect(condition: bool, otherwise: str) -> None:

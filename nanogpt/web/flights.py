@@ -84,7 +84,7 @@ class Flights:
                 passenger = first.board(deadline)
         if packed is not None:
             stats.add("memory_hits")
-            return Replay(unpack(packed, num_prompt_tokens, params)), HIT
+            return Replay(unpack(packed, key, num_prompt_tokens, params)), HIT
         assert passenger is not None
         if first is not None:
             return passenger, self._take_off(first, submit, expected)

@@ -71,11 +71,9 @@ class RedisLink:
                 timeout=timeout_s,
                 socket_timeout=timeout_s,
                 socket_connect_timeout=timeout_s,
-                # Its own retries would multiply the wait, and what it says of itself costs a round trip.
+                # Its own retries would multiply the wait.
                 retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0),
                 protocol=2,
-                lib_name=None,
-                lib_version=None,
             )
             pool.connection_class(**pool.connection_kwargs)  # finds options in the URL that there are not
         except (ValueError, TypeError):

@@ -20,10 +20,9 @@ from nanogpt.web.service import GenerationService
 from nanogpt.web.streaming import EventStream
 
 
-def make_routes(settings: Settings, engine: EngineHandle) -> Blueprint:
+def make_routes(settings: Settings, engine: EngineHandle, service: GenerationService) -> Blueprint:
     """The guide's API on this engine."""
     routes = Blueprint("guide", __name__)
-    service = GenerationService(settings, engine)
 
     @routes.post("/generate")
     def generate() -> Response:
