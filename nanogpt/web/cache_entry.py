@@ -105,7 +105,7 @@ def unpack(data: bytes, key: bytes, num_prompt_tokens: int, params: SamplingPara
 def size_of(event: Tokens | Finished) -> int:
     """At most so many bytes does the event add to a packed entry."""
     if isinstance(event, Tokens):
-        return 5 * len(event.token_ids) + sum(_logprobs_size(item) for item in event.logprobs or ())
+        return 5 * len(event.token_ids) + (sum(map(_logprobs_size, event.logprobs)) if event.logprobs else 0)
     return 64 + sum(1 if item is None else _logprobs_size(item) for item in event.prompt_logprobs or ())
 
 

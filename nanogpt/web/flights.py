@@ -150,7 +150,7 @@ class Flight:
         self._flights = flights
         # Nobody boards after it; the engine goes on for the sake of the last ones.
         self._deadline = deadline
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.Lock())
         self._generation: Generation | None = None
         self._refused = False
         self._passengers: set[Passenger] = set()
@@ -229,7 +229,9 @@ class Flight:
                     self._changed.wait(left_s)
                     continue
                 self._is_read = has_read = True
-            self._read(max(0.0, left_s))
+            event = self._read(passenger, max(0.0, left_s))
+            if event is not None:
+                return event
 
     def leave(self, passenger: Passenger) -> bool:
         """Whether that was the last one: then the generation ends, too."""
@@ -272,10 +274,11 @@ class Flight:
             del self._events[:done]
             self._num_dropped += done
 
-    def _read(self, timeout_s: float) -> None:
-        """One event from the engine, for everybody."""
+    def _read(self, passenger: Passenger, timeout_s: float) -> Tokens | Finished | None:
+        """One event from the engine, for everybody. Returns the passenger's own next one."""
         assert self._generation is not None
         event: Tokens | Finished | None = None
+        entry: Entry | None = None
         error: Exception | None = None
         try:
             event = self._generation.get(timeout_s)
@@ -283,17 +286,22 @@ class Flight:
             error = caught
         with self._changed:
             self._is_read = False
-            self._error = error
-            self._over = error is not None or isinstance(event, Finished)
             if event is not None:
                 self._events.append(event)
                 self._room_bytes -= size_of(event)
                 self._recording = self._recording and self._room_bytes >= 0
-            entry = self._entry(event) if isinstance(event, Finished) else None
-            self._whole = entry is not None
-            self._changed.notify_all()
-        if self._over:
-            self._flights.land(self, entry)
+            if isinstance(event, Finished):
+                entry = self._entry(event)
+                self._whole = entry is not None
+                self._over = True
+            elif error is not None:
+                self._error, self._over = error, True
+            if len(self._passengers) > 1:  # else nobody waits, and it costs as much as a token's text
+                self._changed.notify_all()
+            if not self._over:
+                return self._take(passenger)
+        self._flights.land(self, entry)
+        return None
 
     def _entry(self, finished: Finished) -> Entry | None:
         """The answer, if it is a whole one that may be kept."""
