@@ -35,8 +35,9 @@ class SlowRunner(FakeRunner):
 
 def load(settings: Settings) -> Model:
     options = dict(part.partition("=")[::2] for part in settings.model_checkpoint.split(",") if part)
-    assert "API_KEY" not in os.environ
+    assert not {"API_KEY", "REDIS_URL"} & os.environ.keys()
     assert not settings.api_key
+    assert not settings.redis_url
     time.sleep(float(options.get("load_s", 0)))
     if "crash" in options:
         raise RuntimeError("something unforeseen")

@@ -296,7 +296,7 @@ class Flight:
                 self._over = True
             elif error is not None:
                 self._error, self._over = error, True
-            if len(self._passengers) > 1:  # else nobody waits, and it costs as much as a token's text
+            if self._passengers != {passenger}:  # else nobody waits, and it costs as much as a token's text
                 self._changed.notify_all()
             if not self._over:
                 return self._take(passenger)

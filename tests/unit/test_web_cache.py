@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from flask.testing import FlaskClient
 from web_support import EchoClient, make_app
 
 from nanogpt.engine.status import EngineStatus
+from nanogpt.errors import MissingDependency
 from nanogpt.sampling_params import SamplingParams, TokenLogprobs
 from nanogpt.settings import Settings
 from nanogpt.web.cache import CacheStats, MemoryCache, ResponseCache
@@ -152,6 +154,14 @@ def test_the_log_and_the_header_are_for_answers_that_were_generated(http: FlaskC
     assert "X-Cache" not in ask(http, seed="no number").headers
 
 
+def test_redis_is_an_extra_that_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "redis", None)
+    with pytest.raises(MissingDependency) as caught:
+        make_app(redis_url="redis://:xyzzySecret@h")
+    assert "nano-gpt-api[redis]" in str(caught.value)
+    assert "xyzzySecret" not in str(caught.value)
+
+
 # -- the name ---------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +286,12 @@ def test_an_entry_that_was_damaged_or_is_another_requests_is_refused() -> None:
             unpack(changed, KEY, 3, PARAMS)
     with pytest.raises(ValueError):
         unpack(data, b"l" * 32, 3, PARAMS)
+
+
+def test_the_smallest_entry_is_taken() -> None:
+    """Of its changes the next test is made."""
+    data = msgpack.packb([1, "stop", 3, 0, [1], None, None])
+    assert unpack(_sum(data, KEY) + data, KEY, 3, SamplingParams(max_tokens=5, seed=1)).token_ids == [1]
 
 
 @pytest.mark.parametrize(

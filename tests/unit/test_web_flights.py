@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from http_support import wait_for
 from web_support import EchoGeneration
 
 from nanogpt.engine.messages import TIMEOUT, Finished, GenerateRequest, Tokens
@@ -17,6 +18,14 @@ from nanogpt.sampling_params import SamplingParams
 from nanogpt.settings import Settings
 from nanogpt.web.cache import ResponseCache
 from nanogpt.web.flights import Flights, Passenger, Replay, Source
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    until = time.monotonic() + 10.0
+    while not condition():
+        assert time.monotonic() < until, what
+        time.sleep(0.002)
+
 
 KEY = b"k" * 32
 PARAMS = SamplingParams(seed=1, max_tokens=50)
@@ -178,14 +187,14 @@ def test_a_refusal_of_the_first_is_not_that_of_the_others(airport: Airport) -> N
 
     def refuse() -> EchoGeneration:
         flight = airport.flights._flights[KEY]
-        wait_for(lambda: len(flight._passengers) == 4, 10.0, "the others wait for the first")
+        wait_for(lambda: len(flight._passengers) == 4, "the others wait for the first")
         airport.submit = airport.generate
         raise QueueFull("busy")
 
     airport.submit = refuse
     with ThreadPoolExecutor(4) as pool:
         first = pool.submit(airport.board)
-        wait_for(lambda: len(airport.flights) == 1, 10.0, "the first one asks the engine")
+        wait_for(lambda: len(airport.flights) == 1, "the first one asks the engine")
         others = [pool.submit(airport.board) for _ in range(3)]
         assert isinstance(first.exception(), QueueFull)
         assert [other.result()[1] for other in others] == ["miss"] * 3
@@ -271,3 +280,35 @@ def test_without_memory_requests_still_share_what_is_in_the_air() -> None:
     airport.generations[0].finish("length", 0)
     assert hear(first)[1].reason == hear(second)[1].reason == "length"
     passenger(airport.board(), "miss")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_in_any_order_of_coming_and_leaving_all_who_stay_hear_everything(airport: Airport, seed: int) -> None:
+    """Eight threads come and leave when they like while the engine writes: nobody hangs, misses or doubles a token."""
+    whole = list(range(40))
+
+    def generate() -> EchoGeneration:
+        generation = EchoGeneration(GenerateRequest([1, 2, 3], PARAMS), hold=True)
+        for token_id in whole:
+            generation.events.put(Tokens([token_id]))
+        generation.finish("length", len(whole))
+        return generation
+
+    def travel(draw: random.Random) -> list[int]:
+        source, _ = airport.board()
+        patience = draw.choice([0, 1, 20, 1000])
+        heard: list[int] = []
+        while len(heard) < patience:
+            event = source.get(draw.choice([0, 0.001, 10.0]))
+            if isinstance(event, Finished):
+                assert heard == whole
+                return heard
+            heard += event.token_ids if event else []
+        source.abort()
+        return heard
+
+    airport.submit = generate
+    with ThreadPoolExecutor(8) as pool:
+        travels = [pool.submit(travel, random.Random(100 * seed + number)) for number in range(24)]
+        assert all(whole[: len(travel.result(30))] == travel.result() for travel in travels)
+    assert len(airport.flights) == 0
