@@ -10,15 +10,19 @@ from typing import Any
 
 import pytest
 import requests
-from http_support import BIN, GUNICORN, START_S, Server, read_events, stream, wait_for
+from http_support import BIN, ENDLESS, ENDLESS_BODY, GUNICORN, START_S, Server, read_events, stream, wait_for
 from support import ROOT
 
 from nanogpt.engine.client import EngineClient
 
 
+# An engine that was killed may take its time to come back on a busy machine.
+SETTINGS = {**ENDLESS, "NANOGPT_ENGINE_WAIT_S": "60"}
+
+
 @pytest.fixture(scope="module")
 def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server([str(BIN / GUNICORN[0]), *GUNICORN[1:]], tmp_path_factory.mktemp("cache"), {}, ROOT)
+    server = Server([str(BIN / GUNICORN[0]), *GUNICORN[1:]], tmp_path_factory.mktemp("cache"), SETTINGS, ROOT)
     try:
         server.wait_ready()
         yield server
@@ -78,6 +82,26 @@ def test_fifty_identical_requests_at_once_cost_one_generation(one_worker: Server
         assert len({text for _, text in answers}) == 1
         wait_for(lambda: num_output_tokens(engine) >= before + 110, START_S, "the engine has counted")
         assert num_output_tokens(engine) == before + 110
+
+
+def test_a_client_that_leaves_takes_the_text_from_nobody_else(one_worker: Server) -> None:
+    """The first one's generation goes on while a second one listens, and ends with it."""
+    body = {**ENDLESS_BODY, "cache": True}
+    with one_worker.engine() as engine:
+        first = stream(one_worker, body)
+        first_events = read_events(first)  # whoever drops it hangs up
+        next(first_events)
+        second = stream(one_worker, body)
+        events = read_events(second)
+        next(events)
+        assert (use(first), use(second)) == ("miss", "hit")
+        first.close()
+        for _ in range(60):  # more than were under way
+            name, data = next(events)
+            assert (name, list(data)) == ("message", ["text"])
+        wait_for(lambda: engine.state().num_running == 1, START_S, "one runs")
+        second.close()
+        wait_for(lambda: engine.state().num_running == 0, START_S, "the generation ends")
 
 
 def test_what_was_computed_outlives_the_engine(one_worker: Server) -> None:

@@ -19,6 +19,7 @@ from nanogpt.settings import Settings
 from nanogpt.web.cache import CacheStats, MemoryCache, ResponseCache
 from nanogpt.web.cache_entry import Entry, _sum, size_of, unpack
 from nanogpt.web.engine import fingerprint
+from nanogpt.web.redis_link import Breaker
 
 
 @pytest.fixture
@@ -160,6 +161,16 @@ def test_redis_is_an_extra_that_is_named_when_it_is_missing(monkeypatch: pytest.
         make_app(redis_url="redis://:xyzzySecret@h")
     assert "nano-gpt-api[redis]" in str(caught.value)
     assert "xyzzySecret" not in str(caught.value)
+
+
+def test_after_a_failure_one_tries_again_for_all() -> None:
+    breaker = Breaker("broken", "mended", cooldown_s=3600.0)
+    breaker.failed("why")
+    assert not breaker.admits()
+    breaker._try_at = 0.0  # an hour later
+    assert [breaker.admits() for _ in range(3)] == [True, False, False]
+    breaker.succeeded()
+    assert [breaker.admits() for _ in range(3)] == [True] * 3
 
 
 # -- the name ---------------------------------------------------------------------------------------------------

@@ -62,9 +62,9 @@ def passenger(boarded: tuple[Source, str], use: str) -> Passenger:
 
 
 def hear(source: Source) -> tuple[list[int], Finished]:
-    """Everything to the end."""
+    """Everything to the end. Whoever is not woken by an event sleeps on into the test's time limit."""
     token_ids: list[int] = []
-    while not isinstance(event := source.get(10.0), Finished):
+    while not isinstance(event := source.get(100.0), Finished):
         assert event is not None, "silence"
         token_ids += event.token_ids
     return token_ids, event
@@ -180,6 +180,16 @@ def test_a_runners_error_is_told_to_all_and_nothing_is_kept(airport: Airport) ->
     airport.generations[0].finish("error", 0, "lost")
     assert [hear(rider)[1].reason for rider in riders] == ["error", "error"]
     passenger(airport.board(), "miss")
+
+
+def test_half_an_answer_is_nothing_to_keep(airport: Airport, caplog: pytest.LogCaptureFixture) -> None:
+    """A server that drains ends texts with what they have."""
+    rider = passenger(airport.board(), "miss")
+    airport.generations[0].events.put(Tokens([1]))
+    airport.generations[0].finish("abort", 1)
+    assert hear(rider)[0] == [1]
+    passenger(airport.board(), "miss")
+    assert not caplog.records
 
 
 def test_a_refusal_of_the_first_is_not_that_of_the_others(airport: Airport) -> None:
