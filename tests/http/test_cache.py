@@ -15,7 +15,6 @@ from support import ROOT
 
 from nanogpt.engine.client import EngineClient
 
-
 # An engine that was killed may take its time to come back on a busy machine.
 SETTINGS = {**ENDLESS, "NANOGPT_ENGINE_WAIT_S": "60"}
 
