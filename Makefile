@@ -16,7 +16,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shel
 # Commands that the tests call and the Debian packages they come from. CI also runs the tests that are slow on a desk.
 SERVICES := curl:curl nginx:nginx prometheus:prometheus redis-server:redis-server
 ifneq ($(filter true 1 yes,$(CI)),)
-SERVICES += qemu-aarch64:qemu-user aarch64-linux-gnu-g++:g++-aarch64-linux-gnu
+SERVICES += qemu-aarch64:qemu-user aarch64-linux-gnu-g++:g++-aarch64-linux-gnu redis-server:redis-server
 endif
 
 .DELETE_ON_ERROR:

@@ -121,12 +121,6 @@ class Settings:
         low=0,
         high=16,
     )
-    redis_url: str = _setting(
-        "",
-        "Redis that several hosts share, for example redis://cache:6379/0. Empty: this host keeps to itself.",
-        env="REDIS_URL",
-        secret=True,
-    )
     max_body_bytes: int = _setting(
         1_048_576, "Largest request body.", env="NANOGPT_MAX_BODY_BYTES", low=1024, high=2**31
     )
@@ -167,6 +161,36 @@ class Settings:
     )
     stream_ping_s: float = _setting(
         10.0, "A silent stream sends a comment this often.", env="NANOGPT_STREAM_PING_S", low=0.05, high=3600
+    )
+
+    # -- response cache
+    response_cache: bool = _setting(
+        True,
+        "Keep answers that must repeat (greedy, or with a seed) for identical requests.",
+        env="NANOGPT_RESPONSE_CACHE",
+    )
+    cache_bytes: int = _setting(
+        33_554_432,
+        "Memory for such answers in each HTTP worker. 0: only requests that are open at the same time share one.",
+        env="NANOGPT_CACHE_BYTES",
+        low=0,
+        high=2**40,
+    )
+    cache_entry_bytes: int = _setting(
+        262_144,
+        "Largest answer that is kept (a token takes 1 to 5).",
+        env="NANOGPT_CACHE_ENTRY_BYTES",
+        low=64,
+        high=2**26,
+    )
+    cache_ttl_s: int = _setting(3600, "How long an answer is kept.", env="NANOGPT_CACHE_TTL_S", low=1, high=31_536_000)
+
+    # -- shared state
+    redis_url: str = _setting(
+        "",
+        "Redis that servers share, for example redis://:password@host:6379/0. Empty: each keeps its own.",
+        env="REDIS_URL",
+        secret=True,
     )
 
     # -- the engine

@@ -54,9 +54,10 @@ def load(settings: Settings) -> Model:
         if not text.endswith(","):
             raise CorruptCheckpoint("The file ends in the middle.")
     options = dict(part.partition("=")[::2] for part in text.split(",") if part)
-    assert not {"API_KEY", "ADMIN_KEY"} & set(os.environ)
+    assert not {"API_KEY", "ADMIN_KEY", "REDIS_URL"} & set(os.environ)
     assert not settings.api_key
     assert not settings.admin_key
+    assert not settings.redis_url
     time.sleep(float(options.get("load_s", 0)))
     if "crash" in options:
         raise RuntimeError("something unforeseen")

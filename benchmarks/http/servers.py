@@ -34,7 +34,7 @@ class Server:
 
     def body(self, prompt: str, new_tokens: int) -> dict[str, Any]:
         if self.path == "/generate":
-            return {"prompt": prompt, "max_length": new_tokens, "temperature": 0, "stream": True}
+            return {"prompt": prompt, "max_length": new_tokens, "temperature": 0, "stream": True, "cache": False}
         return {
             "prompt": prompt,
             "n_predict": new_tokens,

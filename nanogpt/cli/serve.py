@@ -15,6 +15,7 @@ _GROUPS = {
     "model_checkpoint": "model",
     "host": "HTTP",
     "max_prompt_chars": "requests",
+    "response_cache": "response cache",
     "max_batch_size": "engine",
     "log_format": "logs",
 }
@@ -23,8 +24,8 @@ _GROUPS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag for every setting, but for secrets: a command line is seen by everybody on the machine."""
     parser.epilog = (
-        "Each setting is also an environment variable and a key of the settings file (docs/settings.md); the API key\n"
-        "is API_KEY only.\n\n"
+        "Each setting is also an environment variable and a key of the settings file (docs/settings.md); secrets\n"
+        "(API_KEY, REDIS_URL) have no flag.\n\n"
         "examples:\n  nanogpt serve\n  nanogpt serve log/model_40000.pt --port 8080\n"
         "  API_KEY=secret nanogpt serve log/ --host 0.0.0.0"
     )

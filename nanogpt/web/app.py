@@ -31,6 +31,7 @@ from nanogpt.web.metrics import metrics
 from nanogpt.web.metrics_page import make_metrics_page
 from nanogpt.web.openai.routes import make_openai_routes
 from nanogpt.web.rate_limit import parse_rate_limit
+from nanogpt.web.redis_link import check_redis_url
 from nanogpt.web.redis_windows import RedisWindows
 from nanogpt.web.request_log import RequestLog, request_id
 from nanogpt.web.routes import make_routes
@@ -76,6 +77,8 @@ def create_app(
                 response.headers["traceparent"] = record.trace.traceparent
             record.caller = g.caller.name
             response.headers.update(g.get("limit_headers", {}))
+            if record.cache is not None:
+                response.headers["X-Cache"] = record.cache
             response.call_on_close(lambda: record.finish(response.status_code))
         return response
 
@@ -85,6 +88,7 @@ def create_app(
     app.extensions["nanogpt.doorkeeper"] = doorkeeper
     metrics.configure(settings)
     service = GenerationService(settings, engine, limiter)
+    app.extensions["nanogpt.cache"] = service.cache.stats
     app.register_blueprint(make_routes(service))
     app.register_blueprint(make_openai_routes(service))
     app.register_blueprint(make_docs_routes(settings))
@@ -97,6 +101,7 @@ def create_app(
 def check_settings(settings: Settings) -> None:
     """What the web part cannot do as asked. Raises: SettingsError, MissingDependency."""
     parse_rate_limit(settings.rate_limit)
+    check_redis_url(settings.redis_url)
     if settings.redis_url:
         RedisWindows(settings.redis_url)
     if settings.admin_key and settings.admin_key == settings.api_key:

@@ -7,12 +7,16 @@ and socket do not outlive a fork. Where nobody has started the engine (gunicorn 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgpack
+
+from nanogpt._version import __version__
 from nanogpt.engine.client import EngineClient, EngineStatus, refusal
 from nanogpt.settings import Settings
 from nanogpt.tokenizer import tokenizer_from_spec
@@ -32,6 +36,8 @@ class ServedModel:
     engine: int | None = None
     """Whose model this is (``EngineStatus.link``): tokens of this tokenizer go to that engine and to no other."""
     card: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    """Of all that a text depends on beside its request: equal fingerprints write equal texts. Empty: not known."""
 
 
 class EngineHandle:
@@ -74,6 +80,30 @@ class EngineHandle:
                 if model is None or self._spec is not status.tokenizer or model.engine != status.link:
                     same = model is not None and self._spec == status.tokenizer
                     tokenizer = model.tokenizer if model and same else tokenizer_from_spec(status.tokenizer)
-                    model = ServedModel(status.model, tokenizer, status.digest or "", status.link, status.card or {})
+                    model = ServedModel(
+                        status.model,
+                        tokenizer,
+                        status.digest or "",
+                        status.link,
+                        status.card or {},
+                        fingerprint(status),
+                    )
                     self._model, self._spec = model, status.tokenizer
         return model
+
+
+# What the card says of the file. The rest of it is the architecture, which is as much a part of a text as the weights.
+_OF_THE_FILE = frozenset(
+    {"name", "family", "path", "file_bytes", "step", "recorded_loss", "weights_bytes", "dtype", "tokenizer"}
+    | {"chat_template", "notes"}
+)
+
+
+def fingerprint(status: EngineStatus) -> str:
+    """See ServedModel.fingerprint. This version of the program counts, too: it may compute or draw differently."""
+    if not status.digest:
+        return ""
+    architecture = {name: value for name, value in sorted((status.card or {}).items()) if name not in _OF_THE_FILE}
+    arithmetic = [status.device, status.runner, status.precision]
+    parts = [__version__, status.digest, architecture, arithmetic, status.tokenizer]
+    return hashlib.sha256(msgpack.packb(parts)).hexdigest()

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from nanogpt.engine.client import Generation
 from nanogpt.engine.messages import GRAMMAR, TIMEOUT, Finished, Tokens
 from nanogpt.errors import EngineDied, EngineDraining, InvalidRequest, NanoGPTError, RequestTimeout
 from nanogpt.sampling_params import TokenLogprobs
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.text import TextStream
 from nanogpt.web import process
+from nanogpt.web.cache import BYPASS, HIT
+from nanogpt.web.flights import Source
 
 # How long a wait for the engine may keep a thread from noticing that the client left or that the worker quits.
 LOOK_UP_S = 0.25
@@ -43,10 +44,13 @@ class Outcome:
     ttft_s: float
     total_s: float
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    cache: str = BYPASS
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the decoding alone: the tokens after the first, over the time after the first."""
+        """Of the decoding alone: the tokens after the first, over the time after the first. 0: nothing was decoded."""
+        if self.cache == HIT:
+            return 0.0
         decoding_s = self.total_s - self.ttft_s
         return (self.num_output_tokens - 1) / decoding_s if self.num_output_tokens > 1 and decoding_s > 0 else 0.0
 
@@ -54,12 +58,15 @@ class Outcome:
 class TextGeneration:
     """Iterate for the pieces of text as they come; then ``outcome`` is there. None: still nothing, after a while.
 
+    ``cache`` is what ``X-Cache`` says. ``stopped`` is called when a stop text has ended the text, before the engine is
+    told that the rest is not wanted.
+
     Raises (from iteration): ClientGone, EngineDied, EngineDraining, RequestTimeout.
     """
 
     def __init__(
         self,
-        generation: Generation,
+        generation: Source,
         tokenizer: Tokenizer,
         stop: Sequence[str],
         *,
@@ -67,6 +74,7 @@ class TextGeneration:
         started: float,
         client_gone: Callable[[], bool],
         silence_s: float,
+        cache: str = BYPASS,
         on_close: Sequence[Callable[[TextGeneration], None]] = (),
     ) -> None:
         self.tokenizer = tokenizer
@@ -76,6 +84,7 @@ class TextGeneration:
         self._started = started
         self._client_gone = client_gone
         self._silence_s = silence_s
+        self.cache = cache
         self._last: Finished | None = None
         self._ended = False
         self._closed = False
@@ -225,4 +234,5 @@ class TextGeneration:
             ttft_s=(self._first_token_at or now) - self._started,
             total_s=now - self._started,
             prompt_logprobs=finished.prompt_logprobs if finished else None,
+            cache=self.cache,
         )

@@ -29,10 +29,11 @@ class TextGroup:
     None: still nothing, after a while. Raises (from iteration): what a TextGeneration raises; then all have failed.
     """
 
-    def __init__(self, silence_s: float) -> None:
+    def __init__(self, silence_s: float, *texts: TextGeneration) -> None:
+        """``texts`` of which there is one alone, accepted already; others are added."""
         self._silence_s = silence_s
         self._bell: SimpleQueue[int] = SimpleQueue()
-        self.texts: list[TextGeneration] = []
+        self.texts: list[TextGeneration] = list(texts)
 
     def next_events(self) -> _Ringing:
         """Where the news of the text goes that is added next."""
@@ -51,6 +52,14 @@ class TextGroup:
             pass
 
     def __iter__(self) -> Iterator[tuple[int, str] | None]:
+        return self._of_one(self.texts[0]) if len(self.texts) == 1 else self._of_all()
+
+    def _of_one(self, text: TextGeneration) -> Iterator[tuple[int, str] | None]:
+        for piece in text:
+            yield None if piece is None else (0, piece)
+        yield 0, ""
+
+    def _of_all(self) -> Iterator[tuple[int, str] | None]:
         last_sent = time.monotonic()
         num_left = len(self.texts)
         while num_left:

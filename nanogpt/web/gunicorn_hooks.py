@@ -53,6 +53,7 @@ _RELOADABLE = frozenset(
     {"api_key", "admin_key", "rate_limit", "max_body_bytes", "max_prompt_chars", "max_new_tokens", "request_timeout_s"}
     | {"keys_file", "trusted_proxies", "redis_url"}
     | {"stream_ping_s", "engine_wait_s", "http_workers", "http_threads", "drain_timeout_s", "log_format", "log_level"}
+    | {"response_cache", "cache_bytes", "cache_entry_bytes", "cache_ttl_s", "redis_url"}
 )
 
 # How often the arbiter was told to reload. Shared with the workers: one that is being replaced thereby knows that the

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,7 +25,9 @@ from nanogpt.errors import InvalidRequest, ServiceUnavailable, TokensLimited, To
 from nanogpt.settings import Settings
 from nanogpt.web.caller import Caller
 from nanogpt.web.engine import EngineHandle
+from nanogpt.web.metrics import metrics
 from nanogpt.web.rate_limit import describe, parse_rate_limit
+from nanogpt.web.redis_link import Breaker
 from nanogpt.web.redis_windows import MAX_CONNECTIONS, RedisUnavailable, RedisWindows
 
 log = logging.getLogger(__name__)
@@ -34,8 +35,6 @@ log = logging.getLogger(__name__)
 GENERATING_ROUTES = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})
 """The routes that cost: each request to one of them is counted."""
 
-# After Redis has failed, this host counts for so long before one request tries Redis again.
-_COOLDOWN_S = 2.0
 # What a text may need past its own deadline to come to an end.
 _HOLD_GRACE_S = 30.0
 _NOTHING: Callable[[int], None] = lambda used: None  # noqa: E731
@@ -51,12 +50,17 @@ class Limiter:
         self._host = LedgerClient(lambda: run_dir_of(settings)[0], engine.state) if counters is None else counters
         self._redis = RedisWindows(settings.redis_url) if settings.redis_url else None
         self._redis_places = threading.Semaphore(MAX_CONNECTIONS)
-        self._retry_at = 0.0
+        self._breaker = Breaker(
+            "Redis does not count; this host counts for itself until it is back", "Redis counts again."
+        )
         self._lock = threading.Lock()
-        self.redis_ok: bool | None = True if self._redis else None
-        """Whether Redis counts; None where there is none."""
         self.num_redis_failures = 0
         self.num_refused: Counter[str] = Counter()
+
+    @property
+    def redis_ok(self) -> bool | None:
+        """Whether Redis counts, as far as is known; None where there is none."""
+        return self._breaker.closed if self._redis else None
 
     def admit(self, caller: Caller) -> dict[str, str]:
         """Count one request of the caller's. Returns the headers that tell it how it stands.
@@ -71,6 +75,7 @@ class Limiter:
         taken, _ = self._take(caller.name, rules, 1)
         headers = _headers(rules, taken.states)
         if not taken.admitted:
+            metrics.refused("requests")
             rule, state = _refusing(rules, taken)
             self.num_refused[TooManyRequests.code] += 1
             refusal = TooManyRequests(
@@ -104,6 +109,7 @@ class Limiter:
             "X-RateLimit-Remaining-Tokens": str(state.remaining),
         }
         if not taken.admitted:
+            metrics.refused("tokens")
             self.num_refused[TokensLimited.code] += 1
             refusal = TokensLimited(
                 f"Too many tokens: this key has {caller.tokens_per_minute} a minute, {state.remaining} are left, and"
@@ -134,41 +140,17 @@ class Limiter:
     def _take_from_redis(
         self, redis: RedisWindows, client: str, rules: Sequence[Rule], amount: int, hold: str, hold_s: float
     ) -> Taken | None:
-        if not self._may_try():
+        if not self._breaker.admits():
             return None
         try:
             taken = redis.take(client, rules, amount, hold=hold, hold_s=hold_s)
         except RedisUnavailable as error:
-            self._on_failure(error)
+            with self._lock:
+                self.num_redis_failures += 1
+            self._breaker.failed(str(error))
             return None
-        if not self.redis_ok:
-            self._on_success()
+        self._breaker.succeeded()
         return taken
-
-    def _may_try(self) -> bool:
-        """While Redis fails, one request in a while finds out whether it is back; the others do not wait for it."""
-        if self.redis_ok:
-            return True
-        with self._lock:
-            now = time.monotonic()
-            if now < self._retry_at:
-                return False
-            self._retry_at = now + _COOLDOWN_S
-            return True
-
-    def _on_failure(self, error: Exception) -> None:
-        with self._lock:
-            self.num_redis_failures += 1
-            self._retry_at = time.monotonic() + _COOLDOWN_S
-            was_ok, self.redis_ok = self.redis_ok, False
-        if was_ok:
-            log.warning("Redis does not count; this host counts for itself until it is back (%s).", error)
-
-    def _on_success(self) -> None:
-        with self._lock:
-            was_ok, self.redis_ok = self.redis_ok, True
-        if not was_ok:
-            log.info("Redis counts again.")
 
 
 def _headers(rules: Sequence[Rule], states: Sequence[State]) -> dict[str, str]:

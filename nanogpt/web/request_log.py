@@ -50,13 +50,13 @@ class RequestLog:
     started: float = field(default_factory=time.monotonic)
     num_tokens: int | None = None
     ttft_s: float | None = None
+    cache: str | None = None
+    """What X-Cache says: hit, miss or bypass. Of several texts, a miss if any was one."""
     outcome: str | None = None
     """A generation's finish_reason, or the code of what it was refused or ended with."""
     model: str | None = None
     num_prompt_tokens: int = 0
     queue_s: float | None = None
-    cache: str | None = None
-    """What the response cache did: hit, miss or bypass."""
     caller: str | None = None
 
     @classmethod
@@ -76,6 +76,11 @@ class RequestLog:
         self.num_prompt_tokens += num_prompt_tokens
         operation = "chat" if self.route.endswith("/chat/completions") else "text_completion"
         return self.trace.generation(operation, model, params, num_prompt_tokens)
+
+    def note_cache(self, use: str) -> None:
+        """Where a text of this request is from: ``hit``, ``miss`` or ``bypass``."""
+        self.cache = use
+        metrics.cache(use)
 
     def describe(self, text: TextGeneration | TextGroup) -> None:
         """Note what a generation came to, for the last line."""

@@ -30,7 +30,7 @@ def make_routes(service: GenerationService) -> Blueprint:
         with ExitStack() as held:
             held.enter_context(service.place())
             model = service.model()
-            text = service.start(model, model.tokenizer.encode(body.prompt), body.sampling_params())
+            text = service.start(model, model.tokenizer.encode(body.prompt), body.sampling_params(), cache=body.cache)
             held.enter_context(closing(text))
             if body.stream:
                 form = GuideForm(text, partial(generate_answer, body, text, model))

@@ -67,6 +67,7 @@ class GenerateBody(Fields):
         description="Report each token with its log probability, and with so many of the most probable ones.",
     )
     stream: bool = Field(False, description="Answer with server-sent events.")
+    cache: bool = Field(True, description="Whether an identical answer that is there already may be used.")
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any], settings: Settings) -> GenerateBody:

@@ -13,15 +13,18 @@ from flask import g, request
 
 from nanogpt.engine.client import Events, Generation
 from nanogpt.engine.messages import GenerateRequest
-from nanogpt.errors import InvalidRequest, ModelChanged, QueueFull
+from nanogpt.errors import ConcurrencyLimit, InvalidRequest, ModelChanged, QueueFull
 from nanogpt.sampling_params import SamplingParams
 from nanogpt.settings import Settings
+from nanogpt.web.cache import BYPASS, ResponseCache
 from nanogpt.web.caller import Caller
 from nanogpt.web.connection import make_client_gone
 from nanogpt.web.engine import EngineHandle, ServedModel
+from nanogpt.web.flights import Flights, Source
 from nanogpt.web.generation import TextGeneration
 from nanogpt.web.group import TextGroup
 from nanogpt.web.limits import Limiter
+from nanogpt.web.metrics import metrics
 from nanogpt.web.request_log import RequestLog
 
 
@@ -35,6 +38,8 @@ class GenerationService:
         # gunicorn runs a few threads more than this, so that /health answers in time however many texts are being
         # written.
         self._places = BoundedSemaphore(settings.http_threads)
+        self.cache = ResponseCache(settings)
+        self._flights = Flights(self.cache, settings.request_timeout_s)
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -59,49 +64,72 @@ class GenerationService:
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
         *,
+        cache: bool = True,
         events: Events | None = None,
     ) -> TextGeneration:
-        """Hand a text to the engine; whoever gets it closes it. Raises: whatever the engine refuses it with.
+        """Begin a text, from the engine or the cache; whoever gets it closes it. ``cache``: what the client wishes.
 
-        With ``events``, where its news goes, it is only sent: its ``wait_accepted`` is the second half.
+        With ``events``, where its news goes, it is only sent: its ``wait_accepted`` is the second half, and the cache
+        is not asked. Raises: whatever the engine refuses it with, TokensLimited.
         """
         record: RequestLog = g.record
         caller: Caller = g.caller
+
+        def submit(timeout_s: float) -> Generation:
+            wanted = GenerateRequest(
+                prompt_token_ids,
+                params,
+                request_id=record.request_id,
+                client=caller.name,
+                timeout_s=timeout_s,
+                max_concurrency=caller.max_concurrency or 0,
+            )
+            return self._submit(model, wanted, events)
+
+        def is_of_this_model(generation: Generation) -> bool:
+            return generation.digest == model.digest
+
         settle, headers = self._limiter.reserve(
             caller, len(prompt_token_ids) + self._most_new(model, prompt_token_ids, params)
         )
         g.limit_headers.update(headers)
-        wanted = GenerateRequest(
-            prompt_token_ids,
-            params,
-            request_id=record.request_id,
-            client=caller.name,
-            timeout_s=self.settings.request_timeout_s,
-            max_concurrency=caller.max_concurrency or 0,
-        )
+        key = self.cache.key(model.fingerprint, prompt_token_ids, params) if cache and events is None else None
+        source: Source
         try:
-            generation = self._submit(model, wanted, events)
-        except BaseException:
+            if key is None:
+                self.cache.stats.add("bypasses")
+                source, use = submit(self.settings.request_timeout_s), BYPASS
+            else:
+                source, use = self._flights.board(key, len(prompt_token_ids), params, submit, is_of_this_model)
+        except BaseException as error:
             settle(0)
+            if isinstance(error, ConcurrencyLimit):
+                metrics.refused("concurrency")
             raise
+        record.note_cache(use)
 
         def settle_text(text: TextGeneration) -> None:
             settle(0 if text.refused else text.num_prompt_tokens + text.num_tokens)
 
         begun = record.generation_begins(model.name, params, len(prompt_token_ids))
         return TextGeneration(
-            generation,
+            source,
             model.tokenizer,
             params.stop,
             num_prompt_tokens=len(prompt_token_ids),
             started=record.started,
             client_gone=make_client_gone(request.environ),
             silence_s=self.settings.stream_ping_s,
+            cache=use,
             on_close=[settle_text] if begun is None else [settle_text, begun],
         )
 
-    def start_many(self, model: ServedModel, texts: Sequence[tuple[Sequence[int], SamplingParams]]) -> TextGroup:
+    def start_many(
+        self, model: ServedModel, texts: Sequence[tuple[Sequence[int], SamplingParams]], *, cache: bool = True
+    ) -> TextGroup:
         """Hand all texts of one request to the engine, before any of them is waited for; whoever gets them closes them.
+
+        Where there is but one, it may come from the cache.
 
         Raises: whatever the engine refuses one of them with; then none of them goes on. InvalidRequest for more texts
         than the key may ever have at once.
@@ -113,6 +141,8 @@ class GenerationService:
                 field="n",
                 remedy="Ask for fewer, in several requests.",
             )
+        if len(texts) == 1:
+            return TextGroup(self.settings.stream_ping_s, self.start(model, *texts[0], cache=cache))
         try:
             return self._start_many(model, texts)
         except ModelChanged:

@@ -68,7 +68,7 @@ def owner() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_request_and_its_answer(serve: Serve) -> None:
-    client = serve(api_key="secret").client()
+    client = serve(api_key="secret", redis_url="redis://:secret@host").client()
     output, finished = collect(client.submit(request()))
     assert (output, finished.reason) == expected([1, 2, 3], seed=5, max_tokens=20, config=CONFIG)
     assert finished.timings.total_s >= finished.timings.ttft_s > 0

@@ -158,7 +158,7 @@ TWO_WORKERS = ("gunicorn", "-w", "2", "-b", "127.0.0.1:0", "web.serve:app")
 GUNICORN = ("gunicorn", "-b", "127.0.0.1:0", "web.serve:app")
 ENDLESS = {"NANOGPT_CONTEXT_OVERFLOW": "crop", "NANOGPT_MAX_NEW_TOKENS": "10000000"}
 """Environment of a server whose texts go on until somebody ends them; ask with ENDLESS_BODY."""
-ENDLESS_BODY = {"prompt": "To be", "max_length": 10_000_000, "seed": 1}
+ENDLESS_BODY = {"prompt": "To be", "max_length": 10_000_000, "seed": 1, "cache": False}
 
 
 def read_events(answer: requests.Response) -> Iterator[tuple[str, dict[str, Any]]]:

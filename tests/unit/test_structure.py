@@ -118,7 +118,7 @@ def test_what_is_deliberate_is_still_there() -> None:
         ("from nanogpt import SamplingParams, NanoGPTError", ("torch", "numpy", "flask", "pydantic")),
         ("import nanogpt.settings", ("torch", "numpy", "flask", "pydantic")),
         ("import nanogpt.cli", ("torch", "numpy", "flask", "pydantic", "nanogpt.settings")),
-        ("import nanogpt.web", ("torch", "numpy", "nanogpt.checkpoint", "llguidance")),
+        ("import nanogpt.web", ("torch", "numpy", "nanogpt.checkpoint", "llguidance", "redis")),
         ("import web.serve", ("torch", "numpy", "nanogpt.checkpoint")),
         ("import nanogpt.checkpoint", ("torch", "transformers", "safetensors")),
     ],

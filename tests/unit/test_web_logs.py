@@ -54,7 +54,7 @@ def test_a_request_leaves_the_guides_two_lines(log: Log, log_format: str) -> Non
         assert first.endswith(" - INFO - Request: POST /generate id=r-1")
         assert re.search(
             r" - INFO - Response: 200 POST /generate id=r-1 outcome=length tokens=7 ttft_s=[\d.]+ total_s=[\d.]+"
-            r" prompt_tokens=2 queue_s=[\d.]+ model=echo caller=address:127\.0\.0\.1$",
+            r" prompt_tokens=2 queue_s=[\d.]+ model=echo cache=bypass caller=address:127\.0\.0\.1$",
             second,
         )
     else:

@@ -34,7 +34,7 @@ def chat_completions(service: GenerationService) -> Response:
         room = room_for(prompt, model, service.settings, "messages")
         job = make_job(body, model, prompt, body.wanted_tokens or room)
         check_size(job, service.settings, "messages")
-        group = service.start_many(model, job.texts())
+        group = service.start_many(model, job.texts(), cache=body.cache)
         held.enter_context(closing(group))
         if body.stream:
             return EventStream(group, g.record, ChatForm(body, job, group), held.pop_all()).response()

@@ -32,7 +32,7 @@ def completions(service: GenerationService) -> Response:
         check_model(model, body.model)
         job = make_job(body, model)
         check_size(job, service.settings, "prompt")
-        group = service.start_many(model, job.texts())
+        group = service.start_many(model, job.texts(), cache=body.cache)
         held.enter_context(closing(group))
         if body.stream:
             return EventStream(group, g.record, CompletionForm(body, job, group), held.pop_all()).response()

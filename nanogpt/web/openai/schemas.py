@@ -189,6 +189,7 @@ class SamplingBody(Fields):
         max_length=MAX_PATTERN_CHARS,
         description="A regular expression that the whole answer follows. Ours, not OpenAI's.",
     )
+    cache: bool = Field(True, description="Whether an identical answer that is there already may be used. Ours.")
     user: str | None = Field(None, max_length=1000, description="Of no effect.")
     safety_identifier: str | None = Field(None, max_length=1000, description="Of no effect.")
     prompt_cache_key: str | None = Field(None, max_length=1000, description="Of no effect: prefixes are always reused.")
