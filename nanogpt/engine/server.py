@@ -25,8 +25,8 @@ from nanogpt.errors import InvalidRequest, NanoGPTError
 
 logger = logging.getLogger("nanogpt.engine")
 
-# What a connection may leave unread before it is dropped: minutes of tokens. No less than a frame: a batch of prompts that
-# end together with their log probabilities (20 alternatives a token: 300 KB a prompt) fill a good part of one.
+# What a connection may leave unread before it is dropped: minutes of tokens. No less than a frame: prompts that end
+# together with their log probabilities (20 alternatives a token: 300 KB a prompt) fill a good part of one.
 MAX_UNREAD_BYTES = wire.MAX_FRAME_BYTES
 STATS_INTERVAL_S = 0.25
 _READ_BYTES = 1 << 18
