@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from html import escape
 from typing import Any
@@ -80,7 +81,7 @@ def _body(path: str, operation: dict[str, Any], schemas: dict[str, Any]) -> Iter
         command = f"curl localhost:5000{path} -H 'Content-Type: application/json' -d '{data}'"
         yield f"<pre><code>{escape(command)}</code></pre>"
     yield "<h3>Fields</h3>"
-    yield from _table(_resolve(content["schema"], schemas), schemas)
+    yield from _table(_resolve(content["schema"], schemas), schemas, asked=True)
 
 
 def _responses(operation: dict[str, Any], schemas: dict[str, Any]) -> Iterator[str]:
@@ -98,15 +99,21 @@ def _responses(operation: dict[str, Any], schemas: dict[str, Any]) -> Iterator[s
         yield f'<details><summary>Refusals</summary><div class="scroll"><table>{rows}</table></div></details>'
 
 
-def _table(schema: dict[str, Any], schemas: dict[str, Any]) -> Iterator[str]:
-    yield '<div class="scroll"><table><tr><th>field</th><th>type</th><th>default</th><th>meaning</th></tr>'
-    for name, value in _rows(schema, schemas, ""):
-        if name.partition(".")[0].removesuffix("[]") in schema.get("required", ()) and "." not in name:
-            default = "required"
-        else:
+def _table(schema: dict[str, Any], schemas: dict[str, Any], *, asked: bool = False) -> Iterator[str]:
+    """The fields of an answer; or, where they are ``asked`` for, with their defaults, those first that have none."""
+    yield f'<div class="scroll"><table><tr><th>field</th><th>type</th>{"<th>default</th>" if asked else ""}'
+    yield "<th>meaning</th></tr>"
+    required = schema.get("required", ())
+    rows = list(_rows(schema, schemas, ""))
+    if asked:
+        rows.sort(key=lambda row: re.split(r"[.\[]", row[0])[0] not in required)
+    for name, value in rows:
+        cells = [f"<code>{escape(name)}</code>", escape(_type(value, schemas))]
+        if asked:
             default = json.dumps(value["default"]) if value.get("default") is not None else ""
-        cells = (f"<code>{escape(name)}</code>", escape(_type(value, schemas)), escape(default))
-        yield f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}<td>{escape(value.get('description', ''))}</td></tr>"
+            cells.append("required" if name in required else escape(default))
+        cells.append(escape(value.get("description", "")))
+        yield f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     yield "</table></div>"
 
 
@@ -135,11 +142,15 @@ def _type(schema: dict[str, Any], schemas: dict[str, Any]) -> str:
     if kind == "array":
         return f"list of {_type(schema.get('items', {}), schemas)}"
     name = {"string": "text", "boolean": "true or false", "null": "null"}.get(kind, kind)
-    low = schema.get("minimum", schema.get("minLength"))
-    high = schema.get("maximum", schema.get("maxLength"))
-    if low is not None and high is not None:
+    low = _number(schema.get("minimum", schema.get("minLength")))
+    high = _number(schema.get("maximum", schema.get("maxLength")))
+    if low and high:
         return f"{name}, {low} to {high}"
-    return name if high is None and low is None else f"{name}, from {low}" if high is None else f"{name}, up to {high}"
+    return f"{name}, from {low}" if low else f"{name}, up to {high}" if high else name
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else str(int(value) if value == int(value) else value)
 
 
 def _resolve(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:

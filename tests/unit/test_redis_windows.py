@@ -14,7 +14,7 @@ from redis_server import RedisServer
 from nanogpt.engine.windows import MAX_ENTRIES, Counters, Rule, Windows
 from nanogpt.errors import TooManyRequests
 from nanogpt.settings import Settings
-from nanogpt.web import limits, redis_windows
+from nanogpt.web import redis_windows
 from nanogpt.web.caller import Caller
 from nanogpt.web.engine import EngineHandle
 from nanogpt.web.limits import Limiter
@@ -140,11 +140,12 @@ def test_redis_keeps_no_more_than_it_must(windows: RedisWindows) -> None:
 
 
 @pytest.fixture
-def limiter(redis: RedisServer, patient: None, monkeypatch: pytest.MonkeyPatch) -> Limiter:
+def limiter(redis: RedisServer, patient: None) -> Limiter:
     """Tries Redis again at once, and has an account of its own meanwhile."""
-    monkeypatch.setattr(limits, "_COOLDOWN_S", 0.0)
     settings = Settings(redis_url=redis.url, rate_limit="5 per minute")
-    return Limiter(settings, EngineHandle(settings), Windows())
+    limiter = Limiter(settings, EngineHandle(settings), Windows())
+    limiter._breaker._cooldown_s = 0.0
+    return limiter
 
 
 def admitted(limiter: Limiter, name: str, count: int) -> int:
@@ -184,7 +185,7 @@ def test_redis_gone_and_back(redis: RedisServer, limiter: Limiter, caplog: pytes
 def test_a_redis_that_hangs_holds_up_one_request_in_a_while(
     redis: RedisServer, limiter: Limiter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "_COOLDOWN_S", 3600.0)
+    limiter._breaker._cooldown_s = 3600.0
     monkeypatch.setattr(redis_windows, "_TIMEOUT_S", 0.1)
     limiter._redis = RedisWindows(redis.url)
     tries = 0
@@ -202,8 +203,7 @@ def test_a_redis_that_hangs_holds_up_one_request_in_a_while(
         assert tries == 1
     finally:
         redis.thaw()
-    monkeypatch.setattr(limits, "_COOLDOWN_S", 0.0)
-    limiter._retry_at = 0.0
+    limiter._breaker._cooldown_s = limiter._breaker._try_at = 0.0
     recover(limiter)
 
 

@@ -246,12 +246,12 @@ def test_a_stop_text_ends_the_generation_for_all_at_once(airport: Airport) -> No
     generation = airport.generations[0]
     generation.events.put(Tokens([1, 2]))
     assert first.get(10.0) == Tokens([1, 2])
-    first.complete()
+    first.abort("stop")
     assert generation.aborted.is_set()
     first.abort()
     assert hear(first)[1].reason == "abort"
     assert slow.get(10.0) == Tokens([1, 2])
-    slow.complete()
+    slow.abort("stop")
     replay, _ = airport.board()
     assert (hear(replay)[0], airport.cache.stats.memory_hits) == ([1, 2], 1)
 

@@ -104,8 +104,8 @@ def test_a_forged_address_wins_nothing_unless_a_proxy_wrote_it(proxies: int, adm
     ("settings", "says"),
     [
         ({"rate_limit": "some"}, "RATE_LIMIT"),
-        ({"redis_url": "cache:6379"}, "REDIS_URL is no Redis URL"),
-        ({"redis_url": "redis://user:passw0rd@cache:port/0"}, "REDIS_URL is no Redis URL"),
+        ({"redis_url": "cache:6379"}, "REDIS_URL is not a URL of Redis"),
+        ({"redis_url": "redis://user:passw0rd@cache:port/0"}, "REDIS_URL is not a URL of Redis"),
         ({"keys_file": "/no/such/file"}, "no keys file /no/such/file"),
     ],
 )

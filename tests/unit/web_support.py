@@ -26,10 +26,16 @@ class EchoGeneration:
     """Repeats the prompt until max_tokens; ``hold`` keeps it silent until it is aborted or let go."""
 
     def __init__(
-        self, request: GenerateRequest, *, hold: bool = False, error: str | None = None, events: Any = None
+        self,
+        request: GenerateRequest,
+        *,
+        hold: bool = False,
+        error: str | None = None,
+        events: Any = None,
+        digest: str = "",
     ) -> None:
         self.request = request
-        self.digest = ""
+        self.digest = digest
         self.aborted = threading.Event()
         self.events: Any = queue.Queue() if events is None else events
         if not hold:
@@ -94,7 +100,9 @@ class EchoClient:
     def send(self, request: GenerateRequest, events: Any = None, *, engine: int | None = None) -> EchoGeneration:
         if self.refuse is not None:
             raise self.refuse
-        self.generations.append(EchoGeneration(request, hold=self.hold, error=self.error, events=events))
+        self.generations.append(
+            EchoGeneration(request, hold=self.hold, error=self.error, events=events, digest=self.status.digest or "")
+        )
         return self.generations[-1]
 
 
