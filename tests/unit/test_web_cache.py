@@ -116,8 +116,8 @@ def test_what_did_not_end_well_is_not_kept(http: FlaskClient, engine: EchoClient
     engine.hold = True
     original = engine.submit
 
-    def submit(request: Any) -> Any:
-        generation = original(request)
+    def submit(request: Any, **more: Any) -> Any:
+        generation = original(request, **more)
         generation.finish("abort" if error == "timeout" else "error", 0, error)
         return generation
 
@@ -141,8 +141,8 @@ def test_an_answer_by_another_engine_than_the_expected_one_is_not_kept(http: Fla
     """A reload between the prompt's tokens and the engine's: the key names the former weights."""
     original = engine.submit
 
-    def submit(request: Any) -> Any:
-        generation = original(request)
+    def submit(request: Any, **more: Any) -> Any:
+        generation = original(request, **more)
         generation.digest = "b" * 64  # type: ignore[attr-defined]
         return generation
 

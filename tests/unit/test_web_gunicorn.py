@@ -48,7 +48,8 @@ def test_a_server_that_strangers_reach_without_a_key_says_so(
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert bool(warnings) == warns
     assert "whoever has the admin key: no route" in caplog.text
-    assert ("Open to everybody: GET /, GET /docs," in caplog.text) == (not api_key)
+    assert ("Open to everybody: GET /, GET /docs, GET /health" in caplog.text) == bool(api_key)
+    assert ("POST /generate" in caplog.text.split("Open to everybody")[1].split("\n")[0]) == (not api_key)
     assert all("API_KEY is not set" in warning for warning in warnings)
 
 
