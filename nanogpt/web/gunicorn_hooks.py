@@ -56,6 +56,8 @@ _RELOADABLE = frozenset(
     | {"response_cache", "cache_bytes", "cache_entry_bytes", "cache_ttl_s", "redis_url"}
 )
 
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+
 # How often the arbiter was told to reload. Shared with the workers: one that is being replaced thereby knows that the
 # server as a whole is not going down.
 _num_reloads = mmap.mmap(-1, 1)
@@ -225,11 +227,10 @@ def post_fork(arbiter: Arbiter, worker: Worker) -> None:
     It inherits the arbiter's handlers, which put a signal into a queue that nobody here reads: the arbiter, having told
     it once, would wait for the whole of ``graceful_timeout``. What has not begun yet has nothing to finish.
     """
-    stops = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
-    for number in stops:
+    for number in _STOPS:
         signal.signal(number, signal.SIG_DFL)
     while not arbiter.SIG_QUEUE.empty():
-        if arbiter.SIG_QUEUE.get_nowait() in stops:
+        if arbiter.SIG_QUEUE.get_nowait() in _STOPS:
             sys.exit(0)
 
 
@@ -246,9 +247,15 @@ def post_worker_init(worker: Worker) -> None:
     signal.signal(signal.SIGTERM, on_term)
     signal.siginterrupt(signal.SIGTERM, False)
     engine = getattr(worker.wsgi, "extensions", {}).get("nanogpt")
-    if engine is not None:  # the app may be wrapped in somebody's middleware
-        engine.state()
-    metrics.start()
+    # A handler that raises while a thread is being started (Ctrl-C) leaves that thread's locks in disorder. The thread
+    # inherits the mask, so from then on signals come to the main thread, which is where they are handled.
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        if engine is not None:  # the app may be wrapped in somebody's middleware
+            engine.state()
+        metrics.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
     process.is_draining = lambda: process.stop_at is not None and _num_reloads[0] == born
 
 
