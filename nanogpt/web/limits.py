@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -142,6 +143,7 @@ class Limiter:
     ) -> Taken | None:
         if not self._breaker.admits():
             return None
+        since = time.monotonic()
         try:
             taken = redis.take(client, rules, amount, hold=hold, hold_s=hold_s)
         except RedisUnavailable as error:
@@ -149,7 +151,7 @@ class Limiter:
                 self.num_redis_failures += 1
             self._breaker.failed(str(error))
             return None
-        self._breaker.succeeded()
+        self._breaker.succeeded(since)
         return taken
 
 

@@ -31,7 +31,7 @@ class Breaker:
     def __init__(self, broken: str, mended: str, cooldown_s: float = COOLDOWN_S) -> None:
         self._broken, self._mended, self._cooldown_s = broken, mended, cooldown_s
         self._lock = threading.Lock()
-        self._try_at = 0.0
+        self._try_at = self._failed_at = 0.0
         self.closed = True
         """Whether all goes well, as far as is known."""
         self._told = False
@@ -48,16 +48,20 @@ class Breaker:
 
     def failed(self, why: str) -> None:
         with self._lock:
-            self._try_at = time.monotonic() + self._cooldown_s
+            self._failed_at = time.monotonic()
+            self._try_at = self._failed_at + self._cooldown_s
             if self.closed:
                 self.closed = False
                 log.warning("%s: %s", self._broken, why)
         metrics.redis(False)
 
-    def succeeded(self) -> None:
+    def succeeded(self, since: float) -> None:
+        """A call that began at ``since`` (monotonic). One that was under way when another failed proves nothing."""
         if self.closed and self._told:
             return
         with self._lock:
+            if since < self._failed_at:
+                return
             was_closed, self.closed, self._told = self.closed, True, True
         if not was_closed:
             log.info("%s", self._mended)
@@ -114,7 +118,7 @@ class RedisLink:
             return None
         finally:
             self._count(since)
-        self._reach.succeeded()
+        self._reach.succeeded(since)
         return (value, left_ms / 1000) if 0 < len(value) <= max_bytes and left_ms > 0 else None
 
     def set(self, name: str, value: bytes, ttl_s: int) -> bool:
@@ -132,7 +136,7 @@ class RedisLink:
             return False
         finally:
             self._count(since)
-        self._room.succeeded()
+        self._room.succeeded(since)
         return True
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ def exposed(server: Server) -> dict[str, list[tuple[str, str]]]:
     wait_for(lambda: len(ROW.findall(server.log)) == 3, 30.0, "the table is logged")
     return {
         who: [
-            (method, re.sub(r"<(?:\w+:)?(\w+)>", r"\1", route))
+            (method, re.sub(r"<(?:\w+:)?\w+>", "default", route))
             for methods, route in re.findall(r"([A-Z|]+) (/\S*?)(?:,|$)", routes)
             for method in methods.split("|")
         ]

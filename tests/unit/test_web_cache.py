@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -169,7 +170,7 @@ def test_after_a_failure_one_tries_again_for_all() -> None:
     assert not breaker.admits()
     breaker._try_at = 0.0  # an hour later
     assert [breaker.admits() for _ in range(3)] == [True, False, False]
-    breaker.succeeded()
+    breaker.succeeded(time.monotonic())
     assert [breaker.admits() for _ in range(3)] == [True] * 3
 
 
