@@ -121,6 +121,16 @@ def test_both_languages_show_the_same_commands(english: Path, chinese: Path) -> 
     assert commands(english) == commands(chinese)
 
 
+@pytest.mark.parametrize("page", [DOCS / "what-users-ask.md", ROOT / "SECURITY.md"], ids=lambda page: page.name)
+def test_tests_that_a_page_relies_on_exist(page: Path) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page.read_text(encoding="utf-8"))
+    assert named
+    for path, function in named:
+        assert (ROOT / path).is_file(), path
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert not function or f"\ndef {function}(" in text, f"{path} has no {function}"
+
+
 def test_the_readme_names_both_commands() -> None:
     for readme in ("README.md", "README.zh-CN.md"):
         text = (ROOT / readme).read_text(encoding="utf-8")
