@@ -19,8 +19,9 @@ WAIT_S = 60.0
 
 @dataclass(frozen=True)
 class Held:
-    """What a process holds. Units: bytes of private memory (USS), open file descriptors."""
+    """What processes hold. Units: bytes of private memory (USS), open file descriptors."""
 
+    processes: int
     memory_bytes: int
     descriptors: int
 
@@ -78,8 +79,12 @@ class Server:
         """What each role holds, all its processes together."""
         result: dict[str, Held] = {}
         for pid, role in self.processes().items():
-            before, more = result.get(role, Held(0, 0)), _held(pid)
-            result[role] = Held(before.memory_bytes + more.memory_bytes, before.descriptors + more.descriptors)
+            before, more = result.get(role, Held(0, 0, 0)), _held(pid)
+            result[role] = Held(
+                before.processes + more.processes,
+                before.memory_bytes + more.memory_bytes,
+                before.descriptors + more.descriptors,
+            )
         return result
 
     def kill(self, role: str) -> int:
@@ -131,5 +136,5 @@ def _held(pid: int) -> Held:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         descriptors = len(os.listdir(f"/proc/{pid}/fd"))
     except OSError:
-        return Held(0, 0)  # it has just ended
-    return Held(sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024, descriptors)
+        return Held(0, 0, 0)  # it has just ended
+    return Held(1, sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024, descriptors)
