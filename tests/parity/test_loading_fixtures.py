@@ -198,9 +198,9 @@ def test_the_card_says_what_was_not_read(shared_checkpoints: Path) -> None:
     assert "padded from 50,257 to 50,304" in notes
 
 
-def test_the_embedded_model_is_the_trained_one(shared_checkpoints: Path) -> None:
-    embedded, trained = load_checkpoint(), load_checkpoint(shared_checkpoints / "01_nanogpt_char")
-    assert weights_sha256(embedded) == weights_sha256(trained)
-    assert embedded.config == trained.config
-    assert embedded.recorded_loss == trained.recorded_loss
-    assert weights_sha256(embedded) in (embedded.path / "CARD.md").read_text()
+def test_the_embedded_model_is_the_one_on_its_card() -> None:
+    embedded = load_checkpoint()
+    text = (embedded.path / "CARD.md").read_text()
+    assert weights_sha256(embedded) in text
+    assert f"{embedded.config.num_parameters():,} parameters" in text
+    assert f"context {embedded.config.block_size}" in text
