@@ -33,7 +33,7 @@ serve: install ## Serve on http://localhost:5000 (MODEL_CHECKPOINT, HOST, PORT a
 	exec $(BIN)/python -m web.serve
 
 test: $(VENV)/.installed-dev services ## Run every test (PYTEST_ARGS="-k tokenizer" for some)
-	@exec $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@exec $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev ## Lint, formatting, types, and documentation in step with the code
 	$(BIN)/ruff check

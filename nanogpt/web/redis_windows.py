@@ -84,7 +84,7 @@ for i = 1, #KEYS / 2 do
       if string.sub(page[j], 1, 1) ~= 'h' then
         if reset < 0 then reset = tonumber(page[j + 1]) - now end
         if excess > 0 then
-          excess = excess - redis.call('HGET', amounts, page[j])
+          excess = excess - (redis.call('HGET', amounts, page[j]) or 0)
           if excess <= 0 then retry = tonumber(page[j + 1]) - now end
         end
       end
