@@ -1,4 +1,7 @@
-"""The routes that describe the API: ``GET /`` (to a browser: the playground), ``/openapi.json`` and ``/docs``. Made when they are first asked for."""
+"""The routes that describe the API: ``GET /`` (to a browser: the playground), ``/openapi.json`` and ``/docs``.
+
+Made when they are first asked for.
+"""
 
 from __future__ import annotations
 

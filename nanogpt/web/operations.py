@@ -44,7 +44,8 @@ _GENERATES = (400, 401, 404, 413, 415, 429, 500, 503, 504)
 @dataclass(frozen=True)
 class Operation:
     """``path`` as OpenAPI writes it. ``refusals`` are keys of REFUSALS; ``answers`` maps other statuses, as 503 of
-    /health, to the same form as 200. ``answer`` None: not JSON, but ``media``. ``page``: who accepts HTML gets that instead."""
+    /health, to the same form as 200. ``answer`` None: not JSON, but ``media``. ``page``: who
+    accepts HTML gets that instead."""
 
     method: str
     path: str
