@@ -99,6 +99,14 @@ export class Column {
     const aligner = new Aligner();
     const tail = document.createTextNode("");
     into.append(tail);
+    const fresh = [];
+    const paint = () => {
+      tail.before(...fresh.splice(0));
+      tail.data = aligner.rest;
+      this.#follow();
+      this.#tell();
+    };
+    let frame = 0; // tokens come faster than frames are painted
     this.text.setAttribute("aria-busy", "true");
     this.#tell();
     try {
@@ -107,19 +115,21 @@ export class Column {
       run.left = response.headers.get("RateLimit-Remaining");
       for await (const piece of pieces(response)) {
         this.#count(run, piece);
-        for (const each of aligner.push(piece.text, piece.tokens)) tail.before(this.#span(each));
-        tail.data = aligner.rest;
-        this.#follow();
-        this.#tell();
+        fresh.push(...aligner.push(piece.text, piece.tokens).map((each) => this.#span(each)));
+        frame ||= requestAnimationFrame(() => {
+          frame = 0;
+          paint();
+        });
       }
     } catch (error) {
       run.state = error.name === "AbortError" ? "stopped" : "failed";
       if (run.state === "failed") throw error;
     } finally {
-      for (const each of aligner.end()) tail.before(this.#span(each));
-      tail.remove();
+      cancelAnimationFrame(frame);
+      fresh.push(...aligner.end().map((each) => this.#span(each)));
       this.text.removeAttribute("aria-busy");
-      this.#tell();
+      paint();
+      tail.remove();
     }
   }
 
