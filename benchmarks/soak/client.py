@@ -220,7 +220,7 @@ class Client:
     async def _slow(self) -> str:
         """Reads so slowly that every buffer on the way is full; then it gives up or reads on."""
         body = self._body(max_length=400)
-        return await self._streamed(body, receive_bytes=2048, pause_s=0.05, leave_at=self._draw.choice([3.0, LIMIT_S]))
+        return await self._streamed(body, receive_bytes=2048, pause_s=0.05, leave_at=self._draw.choice([3.0, 40.0]))
 
     async def _abort(self) -> str:
         """Leaves in the middle, or at once."""

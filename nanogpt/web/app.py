@@ -30,6 +30,7 @@ from nanogpt.web.limits import GENERATING_ROUTES, Limiter
 from nanogpt.web.metrics import metrics
 from nanogpt.web.metrics_page import make_metrics_page
 from nanogpt.web.openai.routes import make_openai_routes
+from nanogpt.web.playground_routes import make_playground_routes
 from nanogpt.web.rate_limit import parse_rate_limit
 from nanogpt.web.redis_link import check_redis_url
 from nanogpt.web.redis_windows import RedisWindows
@@ -92,6 +93,7 @@ def create_app(
     app.register_blueprint(make_routes(service))
     app.register_blueprint(make_openai_routes(service))
     app.register_blueprint(make_docs_routes(settings))
+    app.register_blueprint(make_playground_routes(service))
     app.register_blueprint(make_metrics_page(engine.state))
     if settings.admin_key:
         app.register_blueprint(make_admin_routes(settings, engine))

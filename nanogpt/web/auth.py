@@ -17,7 +17,7 @@ from nanogpt.keys import DEFAULT_NAME, Key, KeyRing
 from nanogpt.web.caller import Caller
 
 # What a load balancer and a first-time visitor ask without a key. Everything else is closed.
-OPEN_ROUTES = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})
+OPEN_ROUTES = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json", "/playground/<build>/<name>"})
 ADMIN = "/admin/"
 
 Access = Literal["open", "key", "admin"]

@@ -1,17 +1,22 @@
-"""The routes that describe the API: ``GET /``, ``/openapi.json`` and ``/docs``. Made when they are first asked for."""
+"""The routes that describe the API: ``GET /`` (to a browser: the playground), ``/openapi.json`` and ``/docs``.
+
+Made when they are first asked for.
+"""
 
 from __future__ import annotations
 
 from functools import cache
 from typing import Any
 
-from flask import Blueprint, Flask, Response, current_app
+from flask import Blueprint, Flask, Response, current_app, request
 
 from nanogpt._version import __version__
 from nanogpt.settings import Settings
 from nanogpt.web.answers import json_response
 from nanogpt.web.docs_page import POLICY, docs_page
 from nanogpt.web.openapi import describe, offered
+from nanogpt.web.playground_routes import page as playground_page
+from nanogpt.web.playground_routes import wants_page
 
 
 def make_docs_routes(settings: Settings) -> Blueprint:
@@ -19,9 +24,13 @@ def make_docs_routes(settings: Settings) -> Blueprint:
 
     @routes.get("/")
     def index() -> Response:
+        if wants_page(request):
+            return playground_page()
         told = {f"{operation.method} {operation.path}": operation.summary for operation in offered(current_app)}
         del told["GET /"]
-        return json_response({"name": "nano-gpt-api", "version": __version__, "routes": told})
+        response = json_response({"name": "nano-gpt-api", "version": __version__, "routes": told})
+        response.headers["Vary"] = "Accept"
+        return response
 
     @routes.get("/openapi.json")
     def openapi() -> Response:

@@ -67,6 +67,27 @@ class Ready(Answer):
     reason: str | None = None
 
 
+class ModelInfo(Answer):
+    """What a checkpoint does not record is null."""
+
+    name: str
+    family: str | None = Field(description="Of the file's form: nanogpt, build-nanogpt, llm.c, huggingface.")
+    parameters: int | None
+    context: int | None = Field(description="In tokens.")
+    layers: int | None
+    heads: int | None
+    width: int | None
+    vocabulary: int | None = Field(description="Tokens, without padding.")
+    tokenizer: str | None
+    has_chat_template: bool = Field(description="Whether it was taught a form of conversation.")
+    step: int | None = Field(description="Of its training.")
+    recorded_loss: float | None = Field(description="As its training recorded it.")
+    device: str | None
+    precision: str | None = Field(description="Arithmetic of the weights.")
+    runner: str | None
+    digest: str | None = Field(description="SHA-256 of the weights.")
+
+
 class Index(Answer):
     name: str
     version: str

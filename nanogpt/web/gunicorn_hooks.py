@@ -20,6 +20,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -48,6 +49,8 @@ _IDLE_CONNECTIONS = 1000
 _WAIT_FOR_ENGINE_S = 10.0
 # The drain's own deadline comes first, so that the last streams still get their error event before gunicorn kills.
 _KILL_AFTER_DRAIN_S = 2
+# What the last error events may take to be written, when a worker has nothing else to wait for.
+_LAST_WORDS_S = 5.0
 # Read again on SIGHUP; whatever else changed needs a new engine, and so a restart.
 _RELOADABLE = frozenset(
     {"api_key", "admin_key", "rate_limit", "max_body_bytes", "max_prompt_chars", "max_new_tokens", "request_timeout_s"}
@@ -265,6 +268,15 @@ def worker_int(worker: Worker) -> None:
 
 
 def worker_exit(arbiter: Arbiter, worker: Worker) -> None:
-    """Threads that still hold a text end it now: Python joins them before the process can end."""
+    """Threads that still hold a text end it now: Python joins them before the process can end.
+
+    One that writes to a client that does not read cannot: such clients have had their time, and are left.
+    """
     if worker.pid == os.getpid():  # gunicorn also calls this in the arbiter, for a worker that has vanished
         process.stop_at = time.monotonic()
+        threading.Thread(target=_end_at_the_latest, name="end-at-the-latest", daemon=True).start()
+
+
+def _end_at_the_latest() -> None:
+    time.sleep(_LAST_WORDS_S)
+    os._exit(0)

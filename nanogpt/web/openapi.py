@@ -100,6 +100,8 @@ def _answer(operation: Operation) -> dict[str, Any]:
     content: dict[str, Any] = {operation.media: {}}
     if operation.answer is not None:
         content = {operation.media: {"schema": _ref(operation.answer)}}
+    if operation.page:
+        content["text/html"] = {}
     if operation.streams:
         text = _STREAM.get(operation.path, _OPENAI_STREAM)
         content["text/event-stream"] = {"schema": {"type": "string", "description": text}}

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from nanogpt.web.fields import Fields
-from nanogpt.web.guide_answers import GenerateAnswer, Health, Index, Ready
+from nanogpt.web.guide_answers import GenerateAnswer, Health, Index, ModelInfo, Ready
 from nanogpt.web.openai.answers import (
     ChatAnswer,
     CompletionAnswer,
@@ -44,7 +44,8 @@ _GENERATES = (400, 401, 404, 413, 415, 429, 500, 503, 504)
 @dataclass(frozen=True)
 class Operation:
     """``path`` as OpenAPI writes it. ``refusals`` are keys of REFUSALS; ``answers`` maps other statuses, as 503 of
-    /health, to the same form as 200. ``answer`` None: not JSON, but ``media``."""
+    /health, to the same form as 200. ``answer`` None: not JSON, but ``media``. ``page``: who
+    accepts HTML gets that instead."""
 
     method: str
     path: str
@@ -57,6 +58,7 @@ class Operation:
     also: tuple[int, ...] = ()
     media: str = "application/json"
     parameters: tuple[tuple[str, str], ...] = ()
+    page: bool = False
 
     @property
     def is_openai(self) -> bool:
@@ -111,8 +113,9 @@ OPERATIONS = (
         "POST", "/detokenize", "Tokens as a text.", DetokenizeAnswer, _TOKENIZER, DetokenizeBody, {"tokens": [1, 2, 3]}
     ),
     Operation("GET", "/tokenizer_info", "What tokenizer the model has.", TokenizerInfo, (*_CLOSED, 503)),
+    Operation("GET", "/model_info", "What the served model is, and how it runs.", ModelInfo, (*_CLOSED, 503)),
     Operation("GET", "/metrics", "The server's numbers, for Prometheus.", None, (401, 500), media="text/plain"),
     Operation("GET", "/openapi.json", "The API's description, as OpenAPI 3.1.", None),
     Operation("GET", "/docs", "The API's description, as a page to read.", None, media="text/html"),
-    Operation("GET", "/", "The routes, and the version.", Index),
+    Operation("GET", "/", "The routes, and the version; to a browser the playground.", Index, page=True),
 )

@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}", re.ASCII)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # Probed every few seconds by whatever watches the server: of no interest to a reader unless something is wrong.
-_PROBES = frozenset({"/health", "/ready", "/metrics"})
+# So are the files of the page at /.
+_PROBES = frozenset({"/health", "/ready", "/metrics", "/playground/<build>/<name>"})
 # What a generation ends with when nothing went wrong; any other outcome is the code of an error.
 _FINISH_REASONS = frozenset({"stop", "length", "abort"})
 

@@ -75,6 +75,7 @@ def test_the_wheel_holds_everything_that_the_package_reads(built: Path) -> None:
     [wheel] = built.glob("*.whl")
     names = names_in(wheel)
     wanted = {name for name in tracked("nanogpt") if name.endswith((".py", ".pyi")) or "/assets/" in name}
+    wanted |= set(tracked("nanogpt/web/playground"))
     assert (wanted | {"nanogpt/py.typed"}) - names == set()
     licences = {name.rpartition("/")[2] for name in names if "/licenses/" in name}
     assert "LICENSE" in licences

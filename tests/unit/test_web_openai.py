@@ -203,10 +203,10 @@ def test_a_text_that_is_refused_takes_the_others_with_it(engine: EchoClient) -> 
     """Half of what was asked for would otherwise go on for nobody."""
 
     class Full(EchoClient):
-        def send(self, request: Any, events: Any = None) -> Any:
+        def send(self, request: Any, events: Any = None, **more: Any) -> Any:
             if len(self.generations) == 2:
                 raise QueueFull("The server is busy.")
-            return super().send(request, events)
+            return super().send(request, events, **more)
 
     engine = Full()
     engine.hold = True
