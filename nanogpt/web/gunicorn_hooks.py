@@ -263,8 +263,11 @@ def post_worker_init(worker: Worker) -> None:
 
 
 def worker_int(worker: Worker) -> None:
-    """Ctrl-C or SIGQUIT."""
+    """Ctrl-C or SIGQUIT. The arbiter says it again after a terminal has; one more SystemExit would interrupt Python's
+    own end, which lets the threads write their last events."""
     process.stop_at = time.monotonic()
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def worker_exit(arbiter: Arbiter, worker: Worker) -> None:

@@ -74,6 +74,7 @@ def test_fifty_identical_requests_at_once_cost_one_generation(one_worker: Server
         return use(answer), final["generated_text"]
 
     with one_worker.engine() as engine:
+        wait_for(lambda: engine.state().stats, START_S, "the engine has told its numbers")
         before = num_output_tokens(engine)
         with ThreadPoolExecutor(50) as pool:
             answers = list(pool.map(ask, range(50)))

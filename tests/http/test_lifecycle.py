@@ -99,7 +99,7 @@ def test_sighup_keeps_streams_and_the_engine(start: Start, tmp_path: Path) -> No
     config.write_text("max_prompt_chars = 1000\nmax_new_tokens = 10000000")
     server = start(*TWO_WORKERS, NANOGPT_CONFIG=str(config), NANOGPT_CONTEXT_OVERFLOW="crop")
     engine_pid, workers = server.pid_of("nanogpt.engine.process"), set(server.worker_pids())
-    body = {**ENDLESS_BODY, "max_length": 800}
+    body = {**ENDLESS_BODY, "max_length": 400}
     with stream(server, body) as answer, kept_alive(server) as other:
         events = read_events(answer)
         next(events)
@@ -113,7 +113,7 @@ def test_sighup_keeps_streams_and_the_engine(start: Start, tmp_path: Path) -> No
 
         wait_for(last_answer, START_S, "the old worker takes leave")
         *_, (name, final) = events
-    assert (name, final["tokens_generated"]) == ("message", 800)
+    assert (name, final["tokens_generated"]) == ("message", 400)
     wait_for(lambda: len(set(server.worker_pids()) - workers) == 2, START_S, "new workers")
     wait_for(lambda: not set(server.worker_pids()) & workers, START_S, "the old workers go")
     assert server.generate({"prompt": "To be, or not"}).json()["error"] == "Prompt too long"

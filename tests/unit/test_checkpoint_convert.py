@@ -137,7 +137,7 @@ def test_inspect_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     """Without a file: the model in the package."""
     assert main(["inspect", "--json"]) == 0
     described = json.loads(capsys.readouterr().out)
-    assert described["parameters"] == 1_808_256
+    assert described["parameters"] == 2_718_336
     assert described["weights_sha256"] == weights_sha256(load_checkpoint())
     assert main(["inspect", "--json", "--no-hash"]) == 0
     assert "weights_sha256" not in json.loads(capsys.readouterr().out)
