@@ -267,7 +267,7 @@ def worker_int(worker: Worker) -> None:
     own end, which lets the threads write their last events."""
     process.stop_at = time.monotonic()
     for number in (signal.SIGINT, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda number, frame: None)  # Python complains of SIG_IGN where one is under way
 
 
 def worker_exit(arbiter: Arbiter, worker: Worker) -> None:
