@@ -24,6 +24,7 @@ TIMES = 10
 CLIENTS = 32
 NEW_TOKENS = 128
 WARM_UP_S = 3.0
+ROUNDS = 5
 
 
 @dataclass
@@ -93,7 +94,7 @@ def overload(folder: Path, workers: int, checkpoint: str, seconds: float, seed: 
     rounds = []
     try:
         server.wait_ready()
-        for number in range(5):
+        for number in range(ROUNDS):
             capacity = asyncio.run(_closed(port, seconds))
             seen, goodput = asyncio.run(_open(port, TIMES * capacity, seconds, seed + number))
             rounds.append({

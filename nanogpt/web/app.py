@@ -67,6 +67,7 @@ def create_app(
         g.caller = doorkeeper.identify(request) or g.caller
         g.limit_headers = {}
         if request.url_rule is not None and request.url_rule.rule in GENERATING_ROUTES:
+            service.check_room(g.caller)
             g.limit_headers = limiter.admit(g.caller)
 
     @app.after_request

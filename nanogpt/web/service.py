@@ -5,6 +5,7 @@ Knows no route and no wire format. One a process, shared by its threads.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import BoundedSemaphore
@@ -27,6 +28,12 @@ from nanogpt.web.limits import Limiter
 from nanogpt.web.metrics import metrics
 from nanogpt.web.request_log import RequestLog
 
+# A client that found the queue full is told so for as long without asking again. Behind a queue of some length no place
+# is lost meanwhile; a short one may be empty by then, and is always asked.
+_FULL_S = 0.1
+_LONG_QUEUE = 16
+_MAX_REMEMBERED = 1024
+
 
 class GenerationService:
     """Starts texts on this process's engine."""
@@ -35,11 +42,26 @@ class GenerationService:
         self.settings = settings
         self.engine = engine
         self._limiter = limiter
+        self._full_until: dict[str, float] = {}
         # gunicorn runs a few threads more than this, so that /health answers in time however many texts are being
         # written.
         self._places = BoundedSemaphore(settings.http_threads)
         self.cache = ResponseCache(settings)
         self._flights = Flights(self.cache, settings.request_timeout_s)
+
+    def check_room(self, caller: Caller) -> None:
+        """Refuse a client that found the queue full a moment ago, before anything is done for its request.
+
+        Under a flood refusals are most of the work. Raises: QueueFull.
+        """
+        if time.monotonic() < self._full_until.get(caller.name, 0.0):
+            raise QueueFull("The server is busy: the queue is full.", remedy="Send the request again later.")
+
+    def _remember_full(self, caller: Caller) -> None:
+        if self.settings.max_queue >= _LONG_QUEUE:
+            if len(self._full_until) >= _MAX_REMEMBERED:
+                self._full_until.clear()
+            self._full_until[caller.name] = time.monotonic() + _FULL_S
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -105,6 +127,8 @@ class GenerationService:
             settle(0)
             if isinstance(error, ConcurrencyLimit):
                 metrics.refused("concurrency")
+            if isinstance(error, QueueFull):
+                self._remember_full(caller)
             raise
         record.note_cache(use)
 
@@ -154,8 +178,10 @@ class GenerationService:
             for prompt_token_ids, params in texts:
                 group.add(self.start(model, prompt_token_ids, params, events=group.next_events()))
             group.wait_accepted()
-        except BaseException:
+        except BaseException as error:
             group.close()
+            if isinstance(error, QueueFull):
+                self._remember_full(g.caller)
             raise
         return group
 

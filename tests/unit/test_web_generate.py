@@ -232,3 +232,23 @@ def test_an_unexpected_error_is_a_500_in_our_shape_and_tells_nothing(
     assert "KeyError" in caplog.text
     assert "web_support.py" in caplog.text  # where it came from
     assert "secret prompt" not in caplog.text
+
+
+def test_a_flood_is_refused_without_asking_the_engine_each_time(engine: EchoClient) -> None:
+    """Under ten times the capacity refusals are most of the work. Who found a long queue full is told so at once for a
+    moment; others are still asked for, and so is everybody behind a short queue."""
+    engine.refuse = QueueFull("The server is busy.")
+    asked = []
+    original = engine.submit
+    engine.submit = lambda *a, **k: asked.append(1) or original(*a, **k)  # type: ignore[method-assign]
+    http = make_app(engine, max_queue=64).test_client()
+    answers = [http.post("/generate", json={"prompt": "abc"}) for _ in range(3)]
+    assert {answer.status_code for answer in answers} == {503}
+    assert {answer.json["code"] for answer in answers} == {"queue_full"}
+    assert len(asked) == 1
+    assert http.post("/generate", json={"prompt": "abc"}, environ_base={"REMOTE_ADDR": "10.0.0.9"}).status_code == 503
+    assert len(asked) == 2
+    short = make_app(engine, max_queue=2).test_client()
+    for _ in range(2):
+        short.post("/generate", json={"prompt": "abc"})
+    assert len(asked) == 4
