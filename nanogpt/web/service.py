@@ -57,8 +57,11 @@ class GenerationService:
         if time.monotonic() < self._full_until.get(caller.name, 0.0):
             raise QueueFull("The server is busy: the queue is full.", remedy="Send the request again later.")
 
-    def _remember_full(self, caller: Caller) -> None:
-        if self.settings.max_queue >= _LONG_QUEUE:
+    def _note_refusal(self, caller: Caller, error: BaseException) -> None:
+        """Count a refusal by the engine, and remember a full queue."""
+        if isinstance(error, ConcurrencyLimit):
+            metrics.refused("concurrency")
+        elif isinstance(error, QueueFull) and self.settings.max_queue >= _LONG_QUEUE:
             if len(self._full_until) >= _MAX_REMEMBERED:
                 self._full_until.clear()
             self._full_until[caller.name] = time.monotonic() + _FULL_S
@@ -125,10 +128,7 @@ class GenerationService:
                 source, use = self._flights.board(key, len(prompt_token_ids), params, submit, is_of_this_model)
         except BaseException as error:
             settle(0)
-            if isinstance(error, ConcurrencyLimit):
-                metrics.refused("concurrency")
-            if isinstance(error, QueueFull):
-                self._remember_full(caller)
+            self._note_refusal(caller, error)
             raise
         record.note_cache(use)
 
@@ -180,8 +180,7 @@ class GenerationService:
             group.wait_accepted()
         except BaseException as error:
             group.close()
-            if isinstance(error, QueueFull):
-                self._remember_full(g.caller)
+            self._note_refusal(g.caller, error)
             raise
         return group
 
