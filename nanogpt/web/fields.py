@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nanogpt.errors import InvalidRequest
+from nanogpt.sampling_params import SamplingParams
 from nanogpt.web.body import json_type
 
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -163,3 +164,18 @@ def _limits(field: str, model: type[BaseModel], context: Mapping[str, Any]) -> s
 
 def _number(value: float) -> str:
     return str(int(value)) if value == int(value) else str(value)
+
+
+_AS_THEY_ARE = (
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "temperature", "top_k", "top_p", "min_p", "seed",
+)  # fmt: skip
+
+
+def sampling_params(body: Any, *, more_stops: tuple[str, ...] = (), **more: Any) -> SamplingParams:
+    """Those of a body whose fields have our names, as every generating route's have; ``more`` is what differs."""
+    return SamplingParams(
+        logit_bias=token_biases(body.logit_bias) if body.logit_bias else None,
+        stop=(*stop_texts(body.stop), *more_stops),
+        **{name: getattr(body, name) for name in _AS_THEY_ARE},
+        **more,
+    )

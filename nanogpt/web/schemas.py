@@ -13,7 +13,7 @@ from pydantic import Field
 from nanogpt.errors import InvalidRequest
 from nanogpt.sampling_params import SamplingParams
 from nanogpt.settings import Settings
-from nanogpt.web.fields import Biases, Fields, Text, nearest_field, read_fields, stop_texts, token_biases
+from nanogpt.web.fields import Biases, Fields, Text, nearest_field, read_fields, sampling_params
 
 # Alternatives that a token can be reported with.
 MAX_LOGPROBS = 20
@@ -97,17 +97,4 @@ class GenerateBody(Fields):
         return body
 
     def sampling_params(self) -> SamplingParams:
-        return SamplingParams(
-            max_tokens=self.max_length,
-            logit_bias=token_biases(self.logit_bias) if self.logit_bias else None,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            seed=self.seed,
-            stop=stop_texts(self.stop),
-            logprobs=self.logprobs,
-        )
+        return sampling_params(self, max_tokens=self.max_length, logprobs=self.logprobs)

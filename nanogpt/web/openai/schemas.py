@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, PlainValidator, WithJsonSchema
 from nanogpt.errors import InvalidRequest
 from nanogpt.sampling_params import SamplingParams
 from nanogpt.settings import Settings
-from nanogpt.web.fields import MAX_BIASES, Biases, Fields, Text, read_fields, stop_texts, token_biases
+from nanogpt.web.fields import MAX_BIASES, Biases, Fields, Text, read_fields, sampling_params
 from nanogpt.web.openai.unsupported import ELSEWHERE, NOT_IN_MESSAGES, UNSUPPORTED
 from nanogpt.web.schemas import MAX_LOGPROBS
 
@@ -227,21 +227,7 @@ class SamplingBody(Fields):
         return grammar
 
     def sampling_params(self, max_tokens: int, *, more_stops: tuple[str, ...] = (), **more: Any) -> SamplingParams:
-        return SamplingParams(
-            max_tokens=max_tokens,
-            logit_bias=token_biases(self.logit_bias) if self.logit_bias else None,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            seed=self.seed,
-            stop=(*stop_texts(self.stop), *more_stops),
-            grammar=self.grammar(),
-            **more,
-        )
+        return sampling_params(self, max_tokens=max_tokens, more_stops=more_stops, grammar=self.grammar(), **more)
 
 
 class CompletionBody(SamplingBody):
