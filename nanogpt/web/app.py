@@ -86,7 +86,6 @@ def create_app(
 
     register_error_handlers(app)
     app.extensions["nanogpt"] = engine
-    app.extensions["nanogpt.limiter"] = limiter
     app.extensions["nanogpt.doorkeeper"] = doorkeeper
     metrics.configure(settings)
     service = GenerationService(settings, engine, limiter)

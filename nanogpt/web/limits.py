@@ -15,7 +15,6 @@ import math
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -42,7 +41,7 @@ _NOTHING: Callable[[int], None] = lambda used: None  # noqa: E731
 
 
 class Limiter:
-    """Counts, and refuses. For metrics: ``redis_ok``, ``num_redis_failures``, ``num_refused`` by the refusal's code."""
+    """Counts, and refuses. ``redis_ok`` and ``num_redis_failures`` tell how Redis does."""
 
     def __init__(self, settings: Settings, engine: EngineHandle, counters: Counters | None = None) -> None:
         """``counters`` stand for the host's ledger where there is none. Raises: SettingsError, MissingDependency."""
@@ -56,7 +55,6 @@ class Limiter:
         )
         self._lock = threading.Lock()
         self.num_redis_failures = 0
-        self.num_refused: Counter[str] = Counter()
 
     @property
     def redis_ok(self) -> bool | None:
@@ -78,7 +76,6 @@ class Limiter:
         if not taken.admitted:
             metrics.refused("requests")
             rule, state = _refusing(rules, taken)
-            self.num_refused[TooManyRequests.code] += 1
             refusal = TooManyRequests(
                 f"Too many requests: {describe([rule])} are admitted.",
                 remedy=f"Send it again in {_seconds(state.retry_after_s)} s.",
@@ -111,7 +108,6 @@ class Limiter:
         }
         if not taken.admitted:
             metrics.refused("tokens")
-            self.num_refused[TokensLimited.code] += 1
             refusal = TokensLimited(
                 f"Too many tokens: this key has {caller.tokens_per_minute} a minute, {state.remaining} are left, and"
                 f" the request is for up to {num_tokens}, prompt and answer.",
