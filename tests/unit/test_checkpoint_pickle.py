@@ -53,7 +53,7 @@ PLAIN = [
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-@pytest.mark.parametrize("value", PLAIN, ids=lambda value: repr(value)[:30])
+@pytest.mark.parametrize("value", PLAIN, ids=[f"{type(value).__name__}{i}" for i, value in enumerate(PLAIN)])
 def test_plain_values_are_read_as_pickle_reads_them(value: object, protocol: int) -> None:
     assert loads(pickle.dumps(value, protocol), source="x") == value
 
