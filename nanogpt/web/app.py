@@ -37,6 +37,7 @@ from nanogpt.web.redis_windows import RedisWindows
 from nanogpt.web.request_log import RequestLog, request_id
 from nanogpt.web.routes import make_routes
 from nanogpt.web.service import GenerationService
+from nanogpt.web.shedding import LoadShedder
 
 
 def create_app(
@@ -58,6 +59,7 @@ def create_app(
     engine = EngineHandle(settings, client)
     limiter = Limiter(settings, engine, counters)
     doorkeeper = Doorkeeper(settings.api_key, open_keys(settings), settings.admin_key)
+    shedder = LoadShedder(settings, doorkeeper)
 
     @app.before_request
     def enter() -> None:
@@ -67,7 +69,7 @@ def create_app(
         g.caller = doorkeeper.identify(request) or g.caller
         g.limit_headers = {}
         if request.url_rule is not None and request.url_rule.rule in GENERATING_ROUTES:
-            service.check_room(g.caller)
+            shedder.check(g.caller)
             g.limit_headers = limiter.admit(g.caller)
 
     @app.after_request
@@ -88,7 +90,7 @@ def create_app(
     app.extensions["nanogpt"] = engine
     app.extensions["nanogpt.doorkeeper"] = doorkeeper
     metrics.configure(settings)
-    service = GenerationService(settings, engine, limiter)
+    service = GenerationService(settings, engine, limiter, shedder)
     app.extensions["nanogpt.cache"] = service.cache.stats
     app.register_blueprint(make_routes(service))
     app.register_blueprint(make_openai_routes(service))
@@ -97,6 +99,8 @@ def create_app(
     app.register_blueprint(make_metrics_page(engine.state))
     if settings.admin_key:
         app.register_blueprint(make_admin_routes(settings, engine))
+    shedder.learn_routes(app)
+    app.extensions["nanogpt.shedder"] = shedder
     return app
 
 

@@ -31,11 +31,15 @@ def error_body(error: NanoGPTError, request_id: str) -> dict[str, Any]:
     return body
 
 
+def error_content(error: NanoGPTError, path: str, request_id: str) -> dict[str, Any]:
+    """What is said of an error on this path."""
+    return openai_error(error) if is_openai(path) else error_body(error, request_id)
+
+
 def error_response(error: NanoGPTError) -> Response:
     if (record := g.get("record")) is not None:
         record.outcome = error.code
-    body = openai_error(error) if is_openai(request.path) else error_body(error, g.get("request_id", ""))
-    response = json_response(body, error.status)
+    response = json_response(error_content(error, request.path, g.get("request_id", "")), error.status)
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, TooManyRequests):

@@ -104,7 +104,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
     num_threads = settings.http_threads + SPARE_THREADS
     values: dict[str, Any] = {
         "bind": f"{host}:{settings.port}",
-        "worker_class": "gthread",
+        "worker_class": "nanogpt.web.gunicorn_worker.SheddingWorker",
         "threads": num_threads,
         "worker_connections": num_threads + _IDLE_CONNECTIONS,
         # Longer than nginx keeps its own idle connections (60 s): it never sends a request into one that is closing.
@@ -249,12 +249,14 @@ def post_worker_init(worker: Worker) -> None:
 
     signal.signal(signal.SIGTERM, on_term)
     signal.siginterrupt(signal.SIGTERM, False)
-    engine = getattr(worker.wsgi, "extensions", {}).get("nanogpt")
+    parts = getattr(worker.wsgi, "extensions", {})  # none where the app is wrapped in somebody's middleware
+    engine = parts.get("nanogpt")
+    worker.shedder = parts.get("nanogpt.shedder")
     # A handler that raises while a thread is being started (Ctrl-C) leaves that thread's locks in disorder. The thread
     # inherits the mask, so from then on signals come to the main thread, which is where they are handled.
     held = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     try:
-        if engine is not None:  # the app may be wrapped in somebody's middleware
+        if engine is not None:
             engine.state()
         metrics.start()
     finally:

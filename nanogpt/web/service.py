@@ -5,7 +5,6 @@ Knows no route and no wire format. One a process, shared by its threads.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import BoundedSemaphore
@@ -27,44 +26,29 @@ from nanogpt.web.group import TextGroup
 from nanogpt.web.limits import Limiter
 from nanogpt.web.metrics import metrics
 from nanogpt.web.request_log import RequestLog
-
-# A client that found the queue full is told so for as long without asking again. Behind a queue of some length no place
-# is lost meanwhile; a short one may be empty by then, and is always asked.
-_FULL_S = 0.1
-_LONG_QUEUE = 16
-_MAX_REMEMBERED = 1024
+from nanogpt.web.shedding import LoadShedder
 
 
 class GenerationService:
     """Starts texts on this process's engine."""
 
-    def __init__(self, settings: Settings, engine: EngineHandle, limiter: Limiter) -> None:
+    def __init__(self, settings: Settings, engine: EngineHandle, limiter: Limiter, shedder: LoadShedder) -> None:
         self.settings = settings
         self.engine = engine
         self._limiter = limiter
-        self._full_until: dict[str, float] = {}
+        self._shedder = shedder
         # gunicorn runs a few threads more than this, so that /health answers in time however many texts are being
         # written.
         self._places = BoundedSemaphore(settings.http_threads)
         self.cache = ResponseCache(settings)
         self._flights = Flights(self.cache, settings.request_timeout_s)
 
-    def check_room(self, caller: Caller) -> None:
-        """Refuse a client that found the queue full a moment ago, before anything is done for its request.
-
-        Under a flood refusals are most of the work. Raises: QueueFull.
-        """
-        if time.monotonic() < self._full_until.get(caller.name, 0.0):
-            raise QueueFull("The server is busy: the queue is full.", remedy="Send the request again later.")
-
     def _note_refusal(self, caller: Caller, error: BaseException) -> None:
         """Count a refusal by the engine, and remember a full queue."""
         if isinstance(error, ConcurrencyLimit):
             metrics.refused("concurrency")
-        elif isinstance(error, QueueFull) and self.settings.max_queue >= _LONG_QUEUE:
-            if len(self._full_until) >= _MAX_REMEMBERED:
-                self._full_until.clear()
-            self._full_until[caller.name] = time.monotonic() + _FULL_S
+        elif isinstance(error, QueueFull):
+            self._shedder.note_full(caller)
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -109,7 +93,9 @@ class GenerationService:
                 timeout_s=timeout_s,
                 max_concurrency=caller.max_concurrency or 0,
             )
-            return self._submit(model, wanted, events)
+            generation = self._submit(model, wanted, events)
+            self._shedder.note_room(caller)
+            return generation
 
         def is_of_this_model(generation: Generation) -> bool:
             return generation.digest == model.digest

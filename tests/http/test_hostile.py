@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from http_support import BIN, ENDLESS, ENDLESS_BODY, START_S, TWO_WORKERS, Serve
 from support import ROOT
 
 SMALL = 4096
+Start = Callable[..., Server]
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +98,40 @@ def test_a_client_that_does_not_read_stops_nobody(endless: Server) -> None:
         wait_for(lambda: engine.state().num_running == 1, START_S, "the unread stream runs")
         for _ in range(5):
             assert endless.generate({"prompt": "To be", "max_length": 50}).json()["tokens_generated"] == 50
+
+
+def test_a_flood_is_refused_before_gunicorn_reads_it(start: Start) -> None:
+    """On kept-alive connections and fresh ones, and nobody else with it; other routes answer meanwhile, on the same
+    connections, and when the queue is empty the client is served again."""
+    environment = {**ENDLESS, "NANOGPT_MAX_BATCH_SIZE": "1", "NANOGPT_MAX_QUEUE": "16"}
+    server = start("gunicorn", "-b", "127.0.0.1:0", "web.serve:app", **environment)
+    body = json.dumps({**ENDLESS_BODY, "stream": True}).encode()
+    request = head(f"Content-Length: {len(body)}") + body
+    with ExitStack() as stack:
+        held = [stack.enter_context(connect(server)) for _ in range(16)]
+        for sock in held:
+            sock.sendall(request)
+        engine = stack.enter_context(server.engine())
+        # One runs; the last places of the queue are not for whoever has filled it.
+        wait_for(lambda: engine.state().num_waiting >= 13, START_S, "the queue is full for this client")
+        flood = stack.enter_context(connect(server))
+
+        def ask(content: bytes) -> tuple[int, bool]:
+            """The status, and whether gunicorn has written the answer."""
+            flood.sendall(content)
+            answer = http.client.HTTPResponse(flood)
+            answer.begin()
+            answer.read()
+            return answer.status, answer.headers["Server"] is not None
+
+        def is_shed() -> bool:
+            status, by_gunicorn = ask(request)
+            assert status == 503
+            return not by_gunicorn
+
+        wait_for(is_shed, START_S, "a refusal that gunicorn has not seen")
+        assert ask(b"GET /ready HTTP/1.1\r\nHost: x\r\n\r\n") == (200, True)
+        wait_for(is_shed, START_S, "a refusal on the same connection")
+        for sock in held:
+            sock.close()
+        wait_for(lambda: server.generate({"prompt": "a", "max_length": 1}).status_code == 200, START_S, "room again")

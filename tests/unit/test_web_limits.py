@@ -238,7 +238,7 @@ def test_the_contexts_end_bounds_what_is_taken(keys_file: Path) -> None:
 def test_what_the_engine_refuses_costs_no_tokens(
     tokens: Tokens, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nanogpt.web.service._FULL_S", 0.0)
+    monkeypatch.setattr("nanogpt.web.shedding._FULL_S", 0.0)
     tokens.client.refuse = error
     assert tokens.post().status_code == 503
     tokens.client.refuse = None
