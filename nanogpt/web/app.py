@@ -15,7 +15,7 @@ from flask import Flask, Response, g, request
 from nanogpt import logs
 from nanogpt.engine.client import EngineClient
 from nanogpt.engine.windows import Counters
-from nanogpt.errors import SettingsError
+from nanogpt.errors import SettingsError, TooManyRequests
 from nanogpt.keys import KeyRing
 from nanogpt.settings import Settings
 from nanogpt.web import process
@@ -70,7 +70,11 @@ def create_app(
         g.limit_headers = {}
         if request.url_rule is not None and request.url_rule.rule in GENERATING_ROUTES:
             shedder.check(g.caller)
-            g.limit_headers = limiter.admit(g.caller)
+            try:
+                g.limit_headers = limiter.admit(g.caller)
+            except TooManyRequests as error:
+                shedder.note_limited(g.caller, error)
+                raise
 
     @app.after_request
     def leave(response: Response) -> Response:

@@ -36,16 +36,23 @@ def error_content(error: NanoGPTError, path: str, request_id: str) -> dict[str, 
     return openai_error(error) if is_openai(path) else error_body(error, request_id)
 
 
+def error_headers(error: NanoGPTError) -> dict[str, str]:
+    """What the headers say of an error."""
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, TooManyRequests):
+        headers.update(error.headers)
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    return headers
+
+
 def error_response(error: NanoGPTError) -> Response:
     if (record := g.get("record")) is not None:
         record.outcome = error.code
     response = json_response(error_content(error, request.path, g.get("request_id", "")), error.status)
-    if error.retry_after_s is not None:
-        response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    if isinstance(error, TooManyRequests):
-        response.headers.update(error.headers)
-    if isinstance(error, Unauthorized):
-        response.headers["WWW-Authenticate"] = "Bearer"
+    response.headers.update(error_headers(error))
     return response
 
 

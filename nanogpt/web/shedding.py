@@ -1,4 +1,5 @@
-"""Load shedding: clients that found the queue full are refused, for a moment, before anything is done for them.
+"""Load shedding: a client that is over its limit or found the queue full is refused, for a moment, before anything is
+done for it.
 
 Under a flood refusals are most of the work, and the engine needs the processors. So a request of such a client is
 refused as soon as its bytes are there (``answer``, called by ``gunicorn_worker`` in the worker's main thread: without
@@ -21,20 +22,24 @@ from typing import Any
 from flask import Flask, Request
 from werkzeug.http import http_date
 
-from nanogpt.errors import NanoGPTError, QueueFull
+from nanogpt.errors import NanoGPTError, QueueFull, TooManyRequests
 from nanogpt.settings import Settings
 from nanogpt.web.answers import to_json
 from nanogpt.web.auth import Doorkeeper
 from nanogpt.web.caller import Caller
 from nanogpt.web.client_address import client_address
-from nanogpt.web.errors import error_content
+from nanogpt.web.errors import error_content, error_headers
 from nanogpt.web.limits import GENERATING_ROUTES
+from nanogpt.web.metrics import metrics
 from nanogpt.web.request_log import RequestLog, request_id
 
 # For as long a client that found the queue full is told so unasked. Behind a queue of some length no place is lost
 # meanwhile; a short one may be empty by then, and is always asked.
 _FULL_S = 0.1
 _LONG_QUEUE = 16
+# And one that is over its limit: what is refused counts nothing, so before Retry-After nobody is refused in vain. Keys
+# whose limits are changed, and the headers' seconds, are out of date for no longer.
+_LIMITED_S = 1.0
 _MAX_REMEMBERED = 1024
 # Names that gunicorn takes as they are: it refuses or drops the others, and so they are left to it.
 _NAME = re.compile(rb"[A-Za-z0-9-]+")
@@ -50,14 +55,23 @@ class Refusal:
     keeps_alive: bool
 
 
+@dataclass(frozen=True)
+class _Memory:
+    """Why a client is refused, and until when. ``one_asks``: afterwards one request goes on before the others do."""
+
+    error: NanoGPTError
+    until: float
+    one_asks: bool
+
+
 class LoadShedder:
-    """Remembers who found the queue full."""
+    """Remembers who was refused."""
 
     def __init__(self, settings: Settings, doorkeeper: Doorkeeper) -> None:
         self._settings = settings
         self._doorkeeper = doorkeeper
         self._lock = threading.Lock()
-        self._full_until: dict[str, float] = {}
+        self._memories: dict[str, _Memory] = {}
         self._until = 0.0
         self._lines: dict[bytes, Any] = {}
 
@@ -74,33 +88,47 @@ class LoadShedder:
 
     def note_full(self, caller: Caller) -> None:
         """The engine refused this client because of a full queue."""
-        if self._settings.max_queue < _LONG_QUEUE:
-            return
-        with self._lock:
-            if len(self._full_until) >= _MAX_REMEMBERED:
-                self._full_until.clear()
-            self._until = self._full_until[caller.name] = time.monotonic() + _FULL_S
+        if self._settings.max_queue >= _LONG_QUEUE:
+            error = QueueFull("The server is busy: the queue is full.", remedy="Send the request again later.")
+            self._remember(caller, error, _FULL_S, one_asks=True)
+
+    def note_limited(self, caller: Caller, error: TooManyRequests) -> None:
+        """This client has made all the requests that its limit admits."""
+        self._remember(caller, error, min(_LIMITED_S, error.retry_after_s or 0.0), one_asks=False)
 
     def note_room(self, caller: Caller) -> None:
         """The engine took a request of this client."""
-        if self._full_until:
+        if self._memories:
             with self._lock:
-                self._full_until.pop(caller.name, None)
+                self._memories.pop(caller.name, None)
 
     def check(self, caller: Caller) -> None:
-        """Raises: QueueFull for a client that is to be refused.
+        """Raises: QueueFull, TooManyRequests for a client that is to be refused.
 
-        When its time is over, its next request goes on to the engine, and all others wait for what becomes of that one.
+        When the time of a full queue is over, the next request goes on to the engine, and all others wait for what
+        becomes of that one.
         """
         now = time.monotonic()
         with self._lock:
-            until = self._full_until.get(caller.name)
-            if until is None:
+            memory = self._memories.get(caller.name)
+            if memory is None:
                 return
-            if now >= until:
-                self._until = self._full_until[caller.name] = now + _FULL_S
-                return
-        raise queue_full()
+            if now >= memory.until:
+                del self._memories[caller.name]
+        if now < memory.until:
+            if isinstance(memory.error, TooManyRequests):
+                metrics.refused("requests")
+            raise memory.error
+        if memory.one_asks:
+            self.note_full(caller)
+
+    def _remember(self, caller: Caller, error: NanoGPTError, seconds: float, *, one_asks: bool) -> None:
+        until = time.monotonic() + seconds
+        with self._lock:
+            if len(self._memories) >= _MAX_REMEMBERED:
+                self._memories.clear()
+            self._memories[caller.name] = _Memory(error, until, one_asks)
+            self._until = max(self._until, until)
 
     def answer(self, data: bytes, peer: Any) -> Refusal | None:
         """The refusal of the request that ``data`` is; None where it is none, not a whole one, or not to be refused.
@@ -115,7 +143,7 @@ class LoadShedder:
         try:
             caller = self._doorkeeper.identify(request) or caller
             self.check(caller)
-        except QueueFull as error:
+        except (QueueFull, TooManyRequests) as error:
             return Refusal(_refuse(request, caller, error, keeps_alive), keeps_alive)
         except NanoGPTError:
             pass  # the app says so itself
@@ -145,10 +173,6 @@ class LoadShedder:
         return request, environ.get("HTTP_CONNECTION", "").lower() in ("", "keep-alive")
 
 
-def queue_full() -> QueueFull:
-    return QueueFull("The server is busy: the queue is full.", remedy="Send the request again later.")
-
-
 def _refuse(request: Request, caller: Caller, error: NanoGPTError, keeps_alive: bool) -> bytes:
     """The whole answer, after its lines in the log."""
     record = RequestLog.start(request, request_id(request))
@@ -160,6 +184,7 @@ def _refuse(request: Request, caller: Caller, error: NanoGPTError, keeps_alive: 
         "Content-Type": "application/json",
         "Content-Length": str(len(content)),
         "X-Request-Id": record.request_id,
+        **error_headers(error),
     }
     if record.trace.traceparent is not None:
         headers["traceparent"] = record.trace.traceparent

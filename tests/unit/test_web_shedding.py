@@ -1,5 +1,5 @@
-"""Protects the engine from a flood: who found the queue full is refused at once, like everybody else is refused, and
-nobody else with them."""
+"""Protects the engine from a flood: who found the queue full or is over its limit is refused at once, in the words of
+every other refusal, and nobody else with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from flask import Flask
 from web_support import EchoClient, make_app
 
-from nanogpt.errors import QueueFull
+from nanogpt.errors import QueueFull, TooManyRequests
 from nanogpt.web import shedding
 from nanogpt.web.caller import Caller
 from nanogpt.web.shedding import LoadShedder
@@ -66,6 +66,37 @@ def test_the_refusal_is_the_apps_own(clock: Clock, path: str) -> None:
     assert body == usual.json
     for name in ("Content-Type", "Content-Length", "X-Request-Id"):
         assert headers[name] == usual.headers[name]
+
+
+def test_who_is_over_its_limit_hears_the_same_for_a_second(clock: Clock) -> None:
+    """With the limit's own headers, and counted like every other refusal. Afterwards the ledger is asked again."""
+    app = make_app(rate_limit="1 per minute")
+    http, shedder = app.test_client(), app.extensions["nanogpt.shedder"]
+    ask = {"prompt": "a", "max_length": 1}
+    assert http.post("/generate", json=ask).status_code == 200
+    first = http.post("/generate", json=ask, headers={"X-Request-Id": "me"})
+    refusal = shedder.answer(request(b"X-Request-Id: me"), PEER)
+    assert refusal is not None
+    line, headers, body = parts(refusal.content)
+    assert (first.status_code, line) == (429, "HTTP/1.1 429 Too Many Requests")
+    assert body == first.json
+    for name in ("Retry-After", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset", "RateLimit-Policy"):
+        assert headers[name] == first.headers[name]
+    clock.now += 1.0
+    assert shedder.answer(request(), PEER) is None
+    assert http.post("/generate", json=ask).status_code == 429
+
+
+def test_nobody_is_refused_past_the_end_of_the_limit(clock: Clock) -> None:
+    """Neither by what is remembered for longer than it lasts, nor because of the client's other requests."""
+    _, shedder = make(clock)
+    caller = Caller("address:192.0.2.1")
+    shedder.note_limited(caller, TooManyRequests("Too many", retry_after_s=0.25))
+    with pytest.raises(TooManyRequests):
+        shedder.check(caller)
+    clock.now += 0.25
+    shedder.check(caller)
+    shedder.check(caller)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +195,7 @@ def test_what_is_remembered_is_bounded(clock: Clock) -> None:
     _, shedder = make(clock)
     for number in range(5000):
         shedder.note_full(Caller(f"address:{number}"))
-    assert len(shedder._full_until) <= 1024
+    assert len(shedder._memories) <= 1024
 
 
 def test_the_app_learns_from_the_engine(clock: Clock) -> None:
