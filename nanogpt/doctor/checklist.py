@@ -12,7 +12,7 @@ BOXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("What is needed is installed, and works", ("health", "redis")),
     ("The settings are made", ("model", "clock")),
     ("Logs and monitoring are set up", ("logs", "metrics")),
-    ("A reverse proxy is configured", ("transport", "streaming", "proxies")),
+    ("A reverse proxy is configured", ("transport", "reverse_proxy", "streaming", "proxies")),
     ("Security measures are taken", ("keys", "admin", "limits")),
     ("A load test was run", ("load_test",)),
     ("A rollback is prepared", ("rollback",)),

@@ -19,7 +19,7 @@ from nanogpt.settings import Settings
 if TYPE_CHECKING:
     from nanogpt.checkpoint.types import Checkpoint
 
-# Measured on Linux: an engine before its model, by runner, and an HTTP worker.
+# Measured on Linux, rounded up: arbiter, supervisor and an engine before its model, by runner; and an HTTP worker.
 _ENGINE_BYTES = {"native": 90_000_000, "torch": 450_000_000}
 _WORKER_BYTES = 60_000_000
 _WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.1, "int4": 0.7}

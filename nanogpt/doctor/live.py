@@ -17,6 +17,7 @@ _MIN_SCRAPES = 10
 # Sequences in one step that only come of many requests at once.
 _MANY_SEQUENCES = 8
 _SKEW_WARN_S, _SKEW_FAIL_S = 5.0, 60.0
+_RULE = re.compile(r"(\d+);w=(\d+)", re.ASCII)
 _LABEL = re.compile(r'\w+="[^"]*"')
 _SCRAPE = {'method="GET"', 'route="/metrics"', 'status="200"'}
 _REQUEST_ID = "nanogpt-doctor-looks"
@@ -135,7 +136,8 @@ def limits(service: Service) -> Iterator[Finding]:
     if answer.status in (401, 403):
         yield warn("Not looked at: the key is refused.", "Set API_KEY to a key of the server.")
     elif answer.number("RateLimit-Limit") is not None:
-        yield ok(f"A client may send {answer.headers['RateLimit-Policy']} (requests;w=seconds).")
+        rules = _RULE.findall(str(answer.headers.get("RateLimit-Policy", "")))
+        yield ok(f"A client may send {' and '.join(f'{count} requests in {s} s' for count, s in rules)}.")
     elif service.is_local:
         yield ok("RATE_LIMIT is off; this address is this machine's own.")
     else:

@@ -48,7 +48,18 @@ def transport(service: Service) -> Iterator[Finding]:
             if left < _CERTIFICATE_WARN_S
             else ok(f"{said}.")
         )
-    yield ok(f"{answer.front} stands in front." if answer.front else "No proxy shows itself.")
+
+
+@check("a-reverse-proxy")
+def reverse_proxy(service: Service) -> Iterator[Finding]:
+    """Whether anything stands in front that ends TLS and holds slow clients."""
+    answer = service.get("/health", key="none")
+    if answer.front:
+        yield ok(f"{answer.front} stands in front.")
+    elif service.is_tls:
+        yield ok("TLS ends in front of the server.")
+    else:
+        yield warn("No proxy shows itself: this is the server's own address.", "Ask through the proxy: --url https://…")
 
 
 @dataclass(frozen=True)
@@ -258,4 +269,4 @@ def _not_now(answer: Answer) -> Finding | None:
     return warn(f"Not measured: {words}", "Set API_KEY to a key that may generate.")
 
 
-CHECKS = (transport, streaming, timeouts, proxies)
+CHECKS = (transport, reverse_proxy, streaming, timeouts, proxies)
