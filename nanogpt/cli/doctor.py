@@ -28,7 +28,6 @@ _MAX_KEY_BYTES = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    serve.add_arguments(parser)
     group = parser.add_argument_group("doctor")
     group.add_argument(
         "--url", metavar="URL", help="check the service that answers there, through its proxies, not this machine"
@@ -51,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--allow-plain-http", action="store_true", help="send the keys over plain http to another machine, too"
     )
+    serve.add_arguments(parser)
     parser.epilog = (
         "Without --url the settings are those of `nanogpt serve`: flags, environment, settings file. Each finding is\n"
         "ok, warn or fail, with a remedy and the chapter that explains it.\n\n"

@@ -86,7 +86,11 @@ def streaming(service: Service) -> Iterator[Finding]:
     """Whether the tokens of a stream arrive one by one, as they were written."""
     last: Arrival | None = None
     for attempt in range(_ATTEMPTS):  # a machine that is busy may delay one; a buffer delays all
-        answer = service.post("/generate", _long_body(service, attempt) | {"stream": True})
+        try:
+            answer = service.post("/generate", _long_body(service, attempt) | {"stream": True})
+        except Unreachable as error:
+            yield fail(f"A stream does not come to its end: {error.message}", "Raise the proxy's time-outs.")
+            return
         if (refused := _not_now(answer)) is not None:
             yield refused
             return
