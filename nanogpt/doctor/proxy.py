@@ -22,7 +22,7 @@ _ATTEMPTS = 3
 # How much longer an answer may take when the server is full; and what most proxies wait for one by default.
 _UNDER_LOAD = 4
 _USUAL_TIMEOUT_S = 60
-# Addresses that nobody has (RFC 2544), so that no client's count is touched.
+# Addresses that no client has (RFC 2544), so that nobody's count is touched.
 _FORGED = "198.18.{}.{}"
 _OTHER_LOOPBACK = "127.0.0.77"
 _REFUSALS = (400, 401, 403, 429)
@@ -195,60 +195,69 @@ def timeouts(service: Service) -> Iterator[Finding]:
 
 @check("all-clients-share-one-limit")
 def proxies(service: Service) -> Iterator[Finding]:
-    """Whether a client is counted as itself: not as the proxy, and not as whoever it claims to be."""
-    if service.post("/generate", {}, key="none").status in (401, 403):
+    """Whether a client is counted as itself: not as the proxy, and not as whoever it claims to be.
+
+    Seen by RateLimit-Remaining: what one account has left goes down by one with each of its requests, and no other's.
+    """
+    # On this machine a proxy has our own address. Asked from another one of ours, it is told from us.
+    us = _OTHER_LOOPBACK if service.host == "127.0.0.1" and can_come_from(_OTHER_LOOPBACK) else ""
+    answer = _counted(service, us)
+    if answer.status in (401, 403):
         yield ok("Clients are counted by their keys: addresses do not matter.")
         return
-    first = _remaining(service)
-    if first is None:
+    if (before := _left(answer)) is None:
         yield ok("Nothing is counted by address: RATE_LIMIT is off, or not told.")
         return
-    claimed = _remaining(service, forge=True)
-    again = _remaining(service, forge=True) if claimed is not None and claimed >= first else None
-    if claimed is not None and again is not None and again >= claimed:
+    is_shared = False
+    if us:
+        _counted(service, "127.0.0.1")
+        answer = _counted(service, us)
+        is_shared = before - (_left(answer) or 0) > 1
+        before = _left(answer) or 0
+    claimed = _counted(service, us, forge=True)
+    is_other = (_left(claimed) or 0) >= before
+    again = _counted(service, us, forge=True) if is_other else claimed
+    if 429 in (answer.status, claimed.status, again.status):
+        yield warn("Not measured: the limit is used up.", "Ask again in a minute, or raise RATE_LIMIT meanwhile.")
+        return
+    if is_other and (_left(again) or 0) >= (_left(claimed) or 0):
         yield fail(
             "A client that invents an address in X-Forwarded-For is counted as that one, each time anew.",
             "Set NANOGPT_TRUSTED_PROXIES to the number of proxies in front; they must add to the header, or set it.",
         )
-        return
-    if again is not None:
+    elif is_other:
         yield warn(
             "Who sends an X-Forwarded-For of its own is counted as the proxy.",
             "Let the proxy set it: proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;",
         )
-    shared = _is_shared(service)
-    if shared:
+    elif is_shared:
         yield fail(
             "Two clients with different addresses share one limit: the server takes the proxy for both.",
             "Set NANOGPT_TRUSTED_PROXIES to the number of proxies in front, and let them send X-Forwarded-For.",
         )
-    elif shared is None and service.get("/health", key="none").front:
-        sent = f"nanogpt-doctor-{secrets.token_hex(4)}"
-        service.ask("POST", "/generate", key="none", body={}, headers={"X-Request-Id": sent})
+    elif not us and (answer.front or service.is_tls):
+        request_id = answer.headers.get("X-Request-Id", "")
         yield warn(
             "No address can be forged; whether all clients share the proxy's cannot be told from one address.",
-            f"Look for id={sent} in the server's log: is caller=address:… yours? If not, set NANOGPT_TRUSTED_PROXIES.",
+            f"Look for id={request_id} in the server's log: is caller=address:… yours? If not, set"
+            " NANOGPT_TRUSTED_PROXIES.",
         )
     else:
         yield ok("A client is counted by its own address, and cannot claim another.")
 
 
-def _remaining(service: Service, *, forge: bool = False, source: str = "") -> int | None:
-    """How many requests are left to whom the server takes us for; each call is one of them."""
+def _counted(service: Service, source: str, *, forge: bool = False) -> Answer:
+    """A request that is refused and counted, from one of our addresses, or as if from one that nobody has."""
     headers = {}
     if forge:
         address = _FORGED.format(secrets.randbelow(256), 1 + secrets.randbelow(254))
         headers = {"X-Forwarded-For": address, "X-Real-IP": address}
-    answer = service.ask("POST", "/generate", key="none", body={}, headers=headers, source=source)
+    return service.ask("POST", "/generate", key="none", body={}, headers=headers, source=source)
+
+
+def _left(answer: Answer) -> int | None:
+    """How many requests are left to whom the server took us for."""
     return answer.number("RateLimit-Remaining")
-
-
-def _is_shared(service: Service) -> bool | None:
-    """Whether another address of this machine has the same limit; None where there is no other to ask from."""
-    if service.host != "127.0.0.1" or not can_come_from(_OTHER_LOOPBACK):
-        return None
-    mine, others = _remaining(service), _remaining(service, source=_OTHER_LOOPBACK)
-    return None if mine is None or others is None else others < mine
 
 
 def _long_body(service: Service, seed: int, tokens: int = 300) -> dict[str, object]:
