@@ -88,5 +88,11 @@ def check(anchor: str) -> Callable[[Callable[[Subject], Iterable[Finding]]], Che
 
 
 def gigabytes(count: float) -> str:
-    """A size as people say it: 1.5 GB, 230 MB."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
+    """A size as people say it: 1.5 GB, 230 MB, 40 kB."""
+    if count >= 1e9:
+        return f"{count / 1e9:,.1f} GB"
+    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{count / 1e3:,.0f} kB"
+
+
+def times(count: int) -> str:
+    return {0: "never", 1: "once"}.get(count, f"{count:,} times")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 
-from nanogpt.doctor.findings import Finding, check, fail, ok, warn
+from nanogpt.doctor.findings import Finding, check, fail, ok, times, warn
 from nanogpt.doctor.service import Answer, Service
 
 # HEAD, so that what is read here is not taken for Prometheus by `metrics`.
@@ -20,6 +20,8 @@ _SKEW_WARN_S, _SKEW_FAIL_S = 5.0, 60.0
 _RULE = re.compile(r"(\d+);w=(\d+)", re.ASCII)
 _LABEL = re.compile(r'\w+="[^"]*"')
 _SCRAPE = {'method="GET"', 'route="/metrics"', 'status="200"'}
+# A closed server refuses paths that do not exist as well, but for want of the API key.
+_WANTS_ADMIN_KEY = "Invalid admin key"
 _REQUEST_ID = "nanogpt-doctor-looks"
 
 
@@ -54,7 +56,7 @@ def health(service: Service) -> Iterator[Finding]:
     restarts = int(service.metrics.get("nanogpt_engine_restarts_total", 0))
     if restarts:
         yield warn(
-            f"The engine was started again {restarts} times since the server's start.",
+            f"The engine was started again {times(restarts)} since the server's start.",
             "The server's log says what ended it; dmesg, whether memory was short.",
         )
 
@@ -89,7 +91,7 @@ def admin(service: Service) -> Iterator[Finding]:
         yield fail("/admin answers without a key.", "Remove what adds the key on the way.")
     elif service.has_api_key and service.get("/admin/models", key="api").status == 200:
         yield fail("The API key opens /admin.", "Set another ADMIN_KEY.")
-    elif answer.code != "invalid_api_key":
+    elif answer.fields.get("error") != _WANTS_ADMIN_KEY:
         yield ok("/admin does not exist here, or is closed on the way.")
     elif service.is_local:
         yield ok("/admin wants the admin key.")
@@ -198,11 +200,11 @@ def metrics(service: Service) -> Iterator[Finding]:
     )
     if scrapes < _MIN_SCRAPES:
         yield warn(
-            f"/metrics was read {int(scrapes)} times: nobody scrapes it.",
+            f"/metrics was read {times(int(scrapes))}: nobody scrapes it.",
             "Prometheus with deploy/prometheus/prometheus.yml does; the alerts lie beside it.",
         )
     else:
-        yield ok(f"/metrics was scraped {int(scrapes):,} times.")
+        yield ok(f"/metrics was scraped {times(int(scrapes))}.")
 
 
 @check("redis")

@@ -6,6 +6,7 @@ blocks, and no model needed.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ from nanogpt.doctor import configuration, live, proxy
 from nanogpt.doctor.findings import Check, Finding
 from nanogpt.doctor.here import Here
 from nanogpt.doctor.readings import Gpu, Machine
-from nanogpt.doctor.service import Service
+from nanogpt.doctor.service import Answer, Service
 from nanogpt.settings import Settings
 
 pytestmark = pytest.mark.services
@@ -232,6 +233,37 @@ def test_open_routes_and_keys_that_are_refused_are_seen(app: Callable[..., str])
     assert the_one(live.keys, Service(url, api_key="right")).status == "ok"
     assert "is refused" in the_one(live.keys, Service(url, api_key="other")).says
     assert "is not set here" in the_one(live.keys, Service(url)).says
+
+
+def test_what_is_a_warning_on_this_machine_fails_where_others_reach_it(app: Callable[..., str]) -> None:
+    """The address is this machine's, and is looked at as if it were another's."""
+
+    def beyond(url: str, **keys: str) -> Service:
+        service = Service(url, **keys)
+        service.is_local = service.is_private = False
+        return service
+
+    assert the_one(live.keys, beyond(app())).status == "fail"
+    assert the_one(live.limits, beyond(app())).status == "warn"
+    assert the_one(proxy.transport, beyond(app())).status == "warn"
+    closed = beyond(app(admin_key="a", api_key="k"), api_key="k")
+    assert "can be reached from outside" in the_one(live.admin, closed).says
+    assert the_one(live.admin, beyond(app(api_key="k"), api_key="k")).status == "ok"
+
+
+def test_a_clock_that_is_off_is_seen_by_the_date_of_an_answer(
+    app: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Service(app())
+    assert the_one(live.clock, here).status == "ok"
+    ask = here.get
+
+    def an_hour_ago(path: str, key: Any = "api", **headers: str) -> Answer:
+        answer = ask(path, key, **headers)
+        return dataclasses.replace(answer, asked_at=answer.asked_at - 3600)
+
+    monkeypatch.setattr(here, "get", an_hour_ago)
+    assert the_one(live.clock, here).status == "fail"
 
 
 # -- the whole of it --------------------------------------------------------------------------------------------
