@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import Any
 
 from nanogpt.cli._arguments import add_setting
 from nanogpt.errors import SettingsError
@@ -47,6 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    flags_of(args)  # what does not go together is said before anything is imported
+    from nanogpt.web.server import serve
+
+    serve(lambda: settings_of(args))
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings that the flags, the environment and the file come to. Raises: SettingsError."""
+    return Settings.load(flags_of(args), config=args.config)
+
+
+def flags_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given as flags. Raises: SettingsError."""
     flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings) if not f.metadata["secret"]}
     if args.checkpoint is not None:
         if args.model_checkpoint is not None:
@@ -54,6 +68,4 @@ def run(args: argparse.Namespace) -> int:
                 "The checkpoint is given twice.", remedy="Leave --model-checkpoint away.", field="model_checkpoint"
             )
         flags["model_checkpoint"] = args.checkpoint
-    from nanogpt.web.server import serve
-
-    serve(lambda: Settings.load(flags, config=args.config))
+    return {name: value for name, value in flags.items() if value is not None}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from nanogpt.checkpoint.types import Checkpoint
     from nanogpt.runner.base import Runner
 
-__all__ = ["create_runner"]
+__all__ = ["choose_runner", "create_runner", "has_cuda_driver"]
 
 logger = logging.getLogger("nanogpt.runner")
 
@@ -38,28 +38,11 @@ def create_runner(
 
     Raises: SettingsError when what was asked for cannot be, MissingDependency when something has to be installed.
     """
-    if runner == "native" and device == "cuda":
-        raise SettingsError(
-            "The native runner computes on the CPU, not on cuda.", remedy="Use --runner torch.", field="runner"
-        )
-    if device == "auto":
-        native_only = runner == "native" or precision in _NATIVE_ONLY
-        device = "cuda" if not native_only and _cuda_available() else "cpu"
-    elif device == "cuda":
-        _require_cuda()
-    if device == "cpu" and (runner == "native" or (runner == "auto" and precision in _NATIVE_PRECISIONS)):
-        try:
-            from nanogpt.runner.native import NativeRunner
-        except ImportError as error:
-            if runner == "native" or precision in _NATIVE_ONLY:
-                raise MissingDependency(
-                    f"The native runner is not part of this installation ({error}).",
-                    remedy="Install a C++ compiler and then nano-gpt-api again, or choose --runner torch "
-                    "with precision fp32 or bf16.",
-                ) from None
-            logger.info("The native runner is not part of this installation (%s): PyTorch computes.", error)
-        else:
-            return NativeRunner(checkpoint, precision=precision, num_slots=num_slots, threads=threads)
+    name, device = choose_runner(device=device, precision=precision, runner=runner)
+    if name == "native":
+        from nanogpt.runner.native import NativeRunner
+
+        return NativeRunner(checkpoint, precision=precision, num_slots=num_slots, threads=threads)
     # Read when OpenMP is loaded, with PyTorch. By default its threads spin while they wait for each other; where HTTP
     # workers or other processes share the cores, that is for one that cannot run: texts took ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -78,8 +61,43 @@ def create_runner(
     return TorchRunner(checkpoint, device=device, precision=precision, num_slots=num_slots, threads=threads)
 
 
+def choose_runner(*, device: str = "auto", precision: str = "auto", runner: str = "auto") -> tuple[str, str]:
+    """Which runner computes (``native`` or ``torch``), and where (``cpu`` or ``cuda``).
+
+    Raises: SettingsError when what was asked for cannot be, MissingDependency when something has to be installed.
+    """
+    if runner == "native" and device == "cuda":
+        raise SettingsError(
+            "The native runner computes on the CPU, not on cuda.", remedy="Use --runner torch.", field="runner"
+        )
+    if device == "auto":
+        native_only = runner == "native" or precision in _NATIVE_ONLY
+        device = "cuda" if not native_only and _cuda_available() else "cpu"
+    elif device == "cuda":
+        _require_cuda()
+    if device == "cpu" and (runner == "native" or (runner == "auto" and precision in _NATIVE_PRECISIONS)):
+        try:
+            import nanogpt.runner.native  # noqa: F401
+        except ImportError as error:
+            if runner == "native" or precision in _NATIVE_ONLY:
+                raise MissingDependency(
+                    f"The native runner is not part of this installation ({error}).",
+                    remedy="Install a C++ compiler and then nano-gpt-api again, or choose --runner torch "
+                    "with precision fp32 or bf16.",
+                ) from None
+            logger.info("The native runner is not part of this installation (%s): PyTorch computes.", error)
+        else:
+            return "native", device
+    return "torch", device
+
+
+def has_cuda_driver() -> bool:
+    """Whether a driver shows that there may be a CUDA device; PyTorch knows whether there is one."""
+    return any(map(os.path.exists, _DRIVER_FILES))
+
+
 def _cuda_available() -> bool:
-    if not any(map(os.path.exists, _DRIVER_FILES)) or importlib.util.find_spec("torch") is None:
+    if not has_cuda_driver() or importlib.util.find_spec("torch") is None:
         return False
     import torch
 

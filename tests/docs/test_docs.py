@@ -97,6 +97,15 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not wrong
 
 
+def test_the_chapters_that_the_doctor_points_to_exist() -> None:
+    from nanogpt.doctor import checkpoint, configuration, live, machine, proxy
+    from nanogpt.doctor.findings import PAGE
+
+    known = {anchor(text) for _, text in headings(ROOT / PAGE)}
+    checks = [check for module in (checkpoint, configuration, live, machine, proxy) for check in module.CHECKS]
+    assert {check.anchor for check in checks} <= known
+
+
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
 def test_every_page_is_found_from_the_index(page: Path) -> None:
     index = DOCS / "index.md"

@@ -1,0 +1,509 @@
+"""``nanogpt doctor`` without a server of ours: each check finds what it is there for, and is silent where all is well.
+
+Readings of the machine are put in the place of the real ones; files, sockets and settings are real.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import http.client
+import json
+import os
+import pickle
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_files import write_huggingface, write_meta, write_nanogpt
+
+from nanogpt import cli
+from nanogpt.doctor import checkpoint, configuration, live, machine, proxy
+from nanogpt.doctor.checklist import BOXES, tick
+from nanogpt.doctor.findings import Check, Finding, check, fail, ok, warn
+from nanogpt.doctor.here import Here
+from nanogpt.doctor.proxy import arrival_of
+from nanogpt.doctor.readings import Gpu, Machine, free_memory, read_machine
+from nanogpt.doctor.service import Answer, Service, parse_metrics
+from nanogpt.errors import InvalidRequest, NanoGPTError, SettingsError
+from nanogpt.settings import Settings
+
+Capture = pytest.CaptureFixture[str]
+HEALTHY = Machine(
+    cpus=2,
+    free_bytes=16_000_000_000,
+    max_open_files=65_536,
+    clock_is_synchronized=True,
+    now=1_800_000_000.0,
+    gpu=Gpu(problem="There is no NVIDIA driver on this machine."),
+)
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NANOGPT_CACHE_DIR", "off")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder as nanoGPT leaves it, of the smallest model there is."""
+    folder = tmp_path_factory.mktemp("out")
+    write_nanogpt(folder)
+    return str(folder)
+
+
+def here(model: str = "", readings: Machine = HEALTHY, **settings: Any) -> Here:
+    return Here(Settings(model_checkpoint=model, **settings), readings)
+
+
+def found(check: Check[Any], subject: Any) -> list[Finding]:
+    return list(check.run(subject))
+
+
+def statuses(check: Check[Any], subject: Any) -> list[str]:
+    return [finding.status for finding in found(check, subject)]
+
+
+def the_one(check: Check[Any], subject: Any) -> Finding:
+    """The only finding that is not ok; the only one where all are."""
+    findings = found(check, subject)
+    return next((finding for finding in findings if finding.status != "ok"), findings[0])
+
+
+# -- what a check is --------------------------------------------------------------------------------------------
+
+
+def test_a_check_is_its_functions_name_and_points_to_its_chapter() -> None:
+    @check("the-clock")
+    def sundial(subject: str) -> Iterator[Finding]:
+        yield ok(subject)
+        yield warn("forged\nline", "Mend it.")
+
+    good, forged = sundial.run("right")
+    assert good == Finding("ok", "right", "", "sundial", "docs/troubleshooting.md#the-clock")
+    assert "\n" not in forged.says, "what a server says of itself cannot write lines of ours"
+
+
+def test_an_error_of_ours_is_a_finding_with_its_own_remedy() -> None:
+    @check("redis")
+    def refuses(subject: str) -> Iterator[Finding]:
+        raise NanoGPTError("It is broken.", remedy="Mend it.")
+
+    assert found(refuses, "")[0].to_dict() == {
+        "check": "refuses",
+        "status": "fail",
+        "says": "It is broken.",
+        "remedy": "Mend it.",
+        "see": "docs/troubleshooting.md#redis",
+    }
+
+
+def test_every_remedy_is_said() -> None:
+    with pytest.raises(TypeError):
+        warn("something")  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        fail("something")  # type: ignore[call-arg]
+
+
+# -- the machine ------------------------------------------------------------------------------------------------
+
+
+def test_the_readings_of_this_machine_are_plausible() -> None:
+    read = read_machine("cpu")
+    assert read.cpus >= 1
+    assert read.free_bytes > 10_000_000
+    assert read.max_open_files > 16
+
+
+def test_a_containers_limit_counts_and_not_its_hosts_memory(tmp_path: Path) -> None:
+    """The engine would be killed at the limit, however much the host has."""
+    (tmp_path / "meminfo").write_text("MemTotal: 64000000 kB\nMemAvailable:   50000000 kB\n")
+    own = tmp_path / "own"
+    own.write_text("0::/pod/app\n")
+    groups = tmp_path / "cgroup"
+    (groups / "pod/app").mkdir(parents=True)
+    for folder, limit, used in (("pod", "2000000000", "900000000"), ("pod/app", "max", "1000")):
+        (groups / folder / "memory.max").write_text(limit + "\n")
+        (groups / folder / "memory.current").write_text(used + "\n")
+    (groups / "pod/memory.stat").write_text("anon 500\ninactive_file 100000000\n")
+    assert free_memory(tmp_path / "meminfo", groups, own) == 1_200_000_000
+    assert free_memory(tmp_path / "meminfo", tmp_path / "none", own) == 50_000_000 * 1024
+
+
+def test_a_model_that_does_not_fit_into_memory_fails(model: str) -> None:
+    little = dataclasses.replace(HEALTHY, free_bytes=100_000_000)
+    assert statuses(machine.memory, here(model)) == ["ok"]
+    finding = the_one(machine.memory, here(model, little))
+    assert (finding.status, finding.see) == ("fail", "docs/troubleshooting.md#out-of-memory")
+    assert "100 MB are free" in finding.says
+    assert "NANOGPT_MAX_BATCH_SIZE" in finding.remedy
+
+
+def test_what_the_model_needs_grows_with_its_slots_and_not_with_workers(model: str) -> None:
+    small, large = here(model, max_batch_size=4), here(model, max_batch_size=400)
+    assert small.checkpoint is not None
+    assert large.need(small.checkpoint).kv > 50 * small.need(small.checkpoint).kv
+    assert here(model, http_workers=8).need(small.checkpoint).model == here(model).need(small.checkpoint).model
+
+
+def test_memory_for_one_model_may_be_too_little_to_change_it(model: str) -> None:
+    settings = {"max_batch_size": 4096, "max_batch_tokens": 4096}
+    loaded = here(model, **settings)
+    assert loaded.checkpoint is not None
+    need = loaded.need(loaded.checkpoint)
+    room = dataclasses.replace(HEALTHY, free_bytes=int((need.processes + 2.5 * need.model) / 0.9))
+    assert statuses(machine.memory, here(model, room, **settings)) == ["ok"]
+    changed = the_one(machine.memory, here(model, room, admin_key="k", **settings))
+    assert (changed.status, "3 in memory" in changed.says) == ("warn", True)
+    assert "NANOGPT_STANDBY" in changed.remedy
+    assert statuses(machine.memory, here(model, room, admin_key="k", standby=False, **settings)) == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "device", "status", "says"),
+    [
+        (HEALTHY.gpu, "auto", "ok", "no NVIDIA driver"),
+        (HEALTHY.gpu, "cuda", "fail", "no NVIDIA driver"),
+        (Gpu(problem="PyTorch is not installed.", remedy="pip", has_driver=True), "auto", "warn", "not installed"),
+        (Gpu("H100", 80_000_000_000, has_driver=True), "cpu", "warn", "H100 is there"),
+    ],
+)
+def test_a_gpu_that_is_not_used_is_named(model: str, gpu: Gpu, device: str, status: str, says: str) -> None:
+    finding = the_one(machine.gpu, here(model, dataclasses.replace(HEALTHY, gpu=gpu), device=device))
+    assert finding.status == status
+    assert says in finding.says
+
+
+def test_hardware_tells_what_computes_and_how_fast(model: str) -> None:
+    says = the_one(machine.hardware, here(model, threads=1)).says
+    assert "on cpu (2 CPUs)" in says
+    assert "tokens/s alone" in says
+    assert "warn" in statuses(machine.hardware, here(model, threads=3))
+
+
+@pytest.mark.parametrize(
+    ("limit", "status"), [(256, "fail"), (1024, "warn"), (65_536, "ok")], ids=["too few", "Debian's default", "enough"]
+)
+def test_open_files_that_do_not_suffice_are_told_before_connections_are_refused(limit: int, status: str) -> None:
+    assert statuses(machine.file_descriptors, here("", dataclasses.replace(HEALTHY, max_open_files=limit))) == [status]
+
+
+@pytest.mark.parametrize(("synchronized", "now", "status"), [
+    (True, 1.8e9, "ok"), (None, 1.8e9, "ok"), (False, 1.8e9, "warn"), (True, 1.0, "fail"),
+])  # fmt: skip
+def test_a_clock_that_is_not_set_is_told(synchronized: bool | None, now: float, status: str) -> None:
+    readings = dataclasses.replace(HEALTHY, clock_is_synchronized=synchronized, now=now)
+    assert statuses(machine.clock, here("", readings)) == [status]
+
+
+def test_a_port_that_somebody_else_has_fails_and_a_free_one_is_left_free(stranger: str) -> None:
+    finding = the_one(machine.port, here(port=int(stranger.rpartition(":")[2])))
+    assert (finding.status, "Address already in use" in finding.says) == ("fail", True)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    assert statuses(machine.port, here(port=port)) == ["ok"]
+    socket.create_server(("127.0.0.1", port)).close()
+    assert statuses(machine.port, here(port=0)) == ["ok"]
+    assert statuses(machine.port, here(host="no.such.host.invalid")) == ["fail"]
+
+
+# -- the checkpoint ---------------------------------------------------------------------------------------------
+
+
+def test_a_good_checkpoint_loads_writes_and_speaks_its_own_characters(model: str) -> None:
+    subject = here(model)
+    assert "loads and writes" in found(checkpoint.checkpoint, subject)[0].says
+    assert statuses(checkpoint.tokenizer, subject) == ["ok"]
+
+
+@pytest.mark.parametrize("cut", [10, 3000], ids=["the beginning", "half"])
+def test_a_broken_checkpoint_fails_in_its_loaders_words_and_the_rest_is_not_looked_at(
+    model: str, tmp_path: Path, cut: int
+) -> None:
+    (tmp_path / "ckpt.pt").write_bytes((Path(model) / "ckpt.pt").read_bytes()[:cut])
+    write_meta(tmp_path)
+    subject = here(str(tmp_path))
+    finding = the_one(checkpoint.checkpoint, subject)
+    assert finding.status == "fail"
+    assert str(tmp_path) in finding.says
+    assert statuses(checkpoint.tokenizer, subject) == statuses(machine.memory, subject) == ["warn"]
+    assert statuses(configuration.timeouts, subject) == ["warn"]
+
+
+def test_a_checkpoint_that_is_not_there_fails_and_the_embedded_one_is_a_warning() -> None:
+    assert the_one(checkpoint.checkpoint, here("/no/such/file")).status == "fail"
+    finding = the_one(checkpoint.checkpoint, here(""))
+    assert (finding.status, "MODEL_CHECKPOINT" in finding.remedy) == ("warn", True)
+
+
+def test_a_tokenizer_that_does_not_fit_is_told_as_the_tokenizers_fault(model: str, tmp_path: Path) -> None:
+    characters = {character: i for i, character in enumerate("\n abcdefg")}
+    meta = {"stoi": characters, "itos": {i: character for character, i in characters.items()}}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    subject = here(model, tokenizer=str(tmp_path / "meta.pkl"))
+    assert the_one(checkpoint.tokenizer, subject).status == "fail"
+    assert the_one(checkpoint.checkpoint, subject).status == "warn"
+
+
+def test_a_tokenizer_of_hugging_faces_goes_there_and_back(tmp_path: Path) -> None:
+    write_huggingface(tmp_path)
+    assert statuses(checkpoint.tokenizer, here(str(tmp_path))) == ["ok"]
+
+
+def test_a_way_back_needs_a_key_and_another_checkpoint(model: str, tmp_path: Path) -> None:
+    assert statuses(checkpoint.rollback, here(model)) == ["warn", "warn"]
+    for name in ("model_10.pt", "model_20.pt"):
+        (tmp_path / name).write_bytes((Path(model) / "ckpt.pt").read_bytes())
+    write_meta(tmp_path)
+    subject = here(str(tmp_path), admin_key="a long enough key")
+    assert subject.checkpoint is not None, subject.refusal
+    assert statuses(checkpoint.rollback, subject) == ["ok", "ok"]
+    (tmp_path / "model_10.pt").write_bytes(b"half")
+    assert statuses(checkpoint.rollback, subject) == ["ok", "warn"]
+
+
+# -- the settings -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("looked_at", "settings", "status", "says"),
+    [
+        ("settings", {}, "ok", "would take"),
+        ("settings", {"admin_key": "same", "api_key": "same"}, "fail", "ADMIN_KEY is the same as API_KEY"),
+        ("settings", {"follow": True}, "fail", "follow needs a folder"),
+        ("settings", {"keys_file": "/no/such/keys.json"}, "fail", "keys.json"),
+        ("settings", {"rate_limit": "many"}, "fail", "RATE_LIMIT"),
+        ("settings", {"redis_url": "http://elsewhere"}, "fail", "REDIS_URL"),
+        ("keys", {"host": "0.0.0.0"}, "fail", "Everybody who reaches 0.0.0.0"),
+        ("keys", {"host": "127.0.0.1"}, "warn", "No key is set"),
+        ("keys", {"api_key": "k" * 32}, "ok", "API_KEY"),
+        ("keys", {"api_key": "secret"}, "warn", "API_KEY has 6 characters"),
+        ("keys", {"api_key": "k" * 32, "admin_key": "admin"}, "warn", "ADMIN_KEY has 5 characters"),
+        ("limits", {}, "ok", "10 per minute"),
+        ("limits", {"rate_limit": "off"}, "ok", "this machine only"),
+        ("limits", {"rate_limit": "off", "host": "0.0.0.0"}, "warn", "RATE_LIMIT is off"),
+        ("limits", {"trusted_proxies": 1, "host": "0.0.0.0"}, "warn", "past them"),
+        ("limits", {"trusted_proxies": 1}, "ok", "10 per minute"),
+        ("logs", {}, "ok", "Two lines"),
+        ("logs", {"log_level": "error"}, "warn", "no line"),
+        ("logs", {"log_level": "debug"}, "warn", "fill the log"),
+        ("redis", {}, "ok", "not set"),
+    ],
+)
+def test_settings_that_are_taken_and_regretted(
+    looked_at: str, settings: dict[str, Any], status: str, says: str
+) -> None:
+    finding = the_one(getattr(configuration, looked_at), here(**settings))
+    assert finding.status == status
+    assert says in finding.says
+
+
+@pytest.mark.parametrize(
+    ("settings", "status"),
+    [
+        ({}, "ok"),
+        ({"request_timeout_s": 1.0}, "fail"),
+        ({"request_timeout_s": 86_400, "drain_timeout_s": 1.0}, "warn"),
+    ],
+    ids=["short", "never finished", "cut by a stop"],
+)
+def test_an_answer_that_takes_longer_than_it_may_is_foreseen(model: str, settings: dict[str, Any], status: str) -> None:
+    """The smallest model writes some thousand tokens a second: ten million take half an hour and more."""
+    long = {"context_overflow": "crop", "max_new_tokens": 10_000_000} if settings else {}
+    subject = here(model, **settings, **long)
+    assert the_one(configuration.timeouts, subject).status == status
+
+
+def test_traces_without_their_package_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert statuses(configuration.metrics, here()) == ["ok"]
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318")
+    monkeypatch.setattr(configuration.importlib.util, "find_spec", lambda name: None)
+    assert statuses(configuration.metrics, here()) == ["ok", "warn"]
+
+
+# -- a service --------------------------------------------------------------------------------------------------
+
+
+def answer(pieces: list[tuple[float, bytes]], status: int = 200, **headers: str) -> Answer:
+    message = http.client.HTTPMessage()
+    for name, value in headers.items():
+        message[name.replace("_", "-")] = value
+    return Answer(status, message, pieces, 0.0, pieces[-1][0] if pieces else 0.0)
+
+
+END = b'data: {"tokens_generated": 99, "timings": {"ttft_s": 0.1, "total_s": 1.1}}\n\n'
+
+
+def event(number: int) -> bytes:
+    return b'data: {"text": "%d"}\n\n' % number
+
+
+@pytest.mark.parametrize(
+    ("pieces", "as_written"),
+    [
+        ([(0.1 + i / 100, event(i)) for i in range(100)] + [(1.1, END)], True),
+        ([(0.1 + i / 20, event(i) + event(i)) for i in range(20)] + [(1.1, END)], True),
+        ([(1.2, b"".join(map(event, range(100))) + END)], False),
+        ([(1.2 + i / 1000, event(i)) for i in range(100)] + [(1.3, END)], False),
+        ([(0.4, b"".join(map(event, range(50)))), (1.1, b"".join(map(event, range(50))) + END)], False),
+        ([(0.1, event(1)[:3]), (0.2, event(1)[3:6]), (1.0, event(1)[6:]), (1.2, END)], False),
+    ],
+    ids=["one by one", "two by two", "at the end", "fast at the end", "two buffers", "nothing whole before the end"],
+)
+def test_a_stream_that_was_held_back_is_seen_by_when_its_events_came(
+    pieces: list[tuple[float, bytes]], as_written: bool
+) -> None:
+    arrival = arrival_of(answer(pieces))
+    assert arrival is not None
+    assert arrival.came_as_written is as_written
+
+
+def test_a_stream_without_its_end_was_cut_off() -> None:
+    assert arrival_of(answer([(0.1, event(1))])) is None
+    assert arrival_of(answer([(0.1, b"event: error\n" + END)])) is None
+    assert arrival_of(answer([])) is None
+
+
+def test_the_largest_batch_is_read_off_the_histogram() -> None:
+    page = '# HELP x\nbroken\nnanogpt_step_sequences_bucket{le="1.0"} 1\n'
+    for bound, count in (("2.0", 5), ("4.0", 5), ("8.0", 6), ("+Inf", 6)):
+        page += f'nanogpt_step_sequences_bucket{{model_name="a",le="{bound}"}} {count}\n'
+    assert live.largest_batch(parse_metrics(page)) == 5
+    assert live.largest_batch({}) == 0
+
+
+@pytest.mark.parametrize(
+    ("url", "error"),
+    [
+        ("localhost:5000", InvalidRequest),
+        ("file:///etc/passwd", InvalidRequest),
+        ("http://localhost:port", InvalidRequest),
+        ("https://user:secret@example.com", InvalidRequest),
+        ("http://gpt.example.com", SettingsError),
+    ],
+)
+def test_where_a_key_is_not_sent(url: str, error: type[NanoGPTError]) -> None:
+    """Plain http to another machine is refused before anything is sent, and no message holds a key."""
+    with pytest.raises(error) as caught:
+        Service(url, api_key="s3cret")
+    assert caught.value.exit_code == 2
+    assert "s3cret" not in str(caught.value)
+
+
+def test_plain_http_is_taken_where_it_was_allowed_or_there_is_no_key() -> None:
+    assert not Service("http://gpt.example.com", api_key="k", allow_plain_http=True).is_private
+    assert not Service("http://gpt.example.com").is_private
+    assert Service("https://gpt.example.com", api_key="k").is_private
+    assert Service("http://[::1]:5000", api_key="k").is_private
+
+
+class Stranger(BaseHTTPRequestHandler):
+    """Some other server: it redirects /health, and writes control characters."""
+
+    def do_GET(self) -> None:
+        body = b"<h1>It works!</h1>"
+        self.send_response(302 if self.path == "/health" else 200)
+        self.send_header("Location", "https://elsewhere.example.com/\x1b[31m")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def stranger() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Stranger)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_server_of_another_kind_is_told_and_asked_nothing_more(stranger: str, capsys: Capture) -> None:
+    assert cli.main(["doctor", "--url", stranger]) == 1
+    out = capsys.readouterr().out
+    assert "answers 302 and points to https://elsewhere.example.com/" in out
+    assert "\x1b" not in out
+    assert "0 ok, 0 warn, 1 fail" in out
+
+
+def test_nobody_there_leaves_every_box_open(capsys: Capture) -> None:
+    assert cli.main(["doctor", "--checklist", "--url", "http://127.0.0.1:1", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert [box["ticked"] for box in report["checklist"]] == [False] * 8
+    assert "Connection refused" in report["findings"][0]["says"]
+
+
+def test_the_checklist_has_the_guides_eight_boxes_and_every_check_of_a_service() -> None:
+    assert len(BOXES) == 8
+    in_boxes = {name for _, names in BOXES for name in names}
+    assert in_boxes == {check.name for check in (*live.CHECKS, *proxy.CHECKS)}
+    assert not any(box.is_ticked for box in tick([]))
+    good = [Finding("ok", "", check=name) for name in in_boxes]
+    assert all(box.is_ticked for box in tick(good))
+    assert [box.number for box in tick([*good, Finding("warn", "", check="metrics")]) if not box.is_ticked] == [4]
+
+
+# -- the command ------------------------------------------------------------------------------------------------
+
+
+def run(*words: str) -> int:
+    return cli.main(["doctor", *words])
+
+
+def test_the_same_words_as_serve_and_json_that_a_script_reads(model: str, capsys: Capture) -> None:
+    assert run(model, "--port", "0", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {finding["check"] for finding in report["findings"]} == {
+        check.name for module in (checkpoint, machine, configuration) for check in module.CHECKS
+    }
+    assert sum(report["counts"].values()) == len(report["findings"])
+    assert all(finding["remedy"] for finding in report["findings"] if finding["status"] != "ok")
+
+
+def test_one_failure_is_exit_code_1_and_its_remedy_is_printed(tmp_path: Path, capsys: Capture) -> None:
+    assert run(str(tmp_path / "nothing.pt"), "--port", "0") == 1
+    out = capsys.readouterr().out
+    assert "fail  checkpoint        There is nothing at" in out
+    assert "docs/troubleshooting.md#the-checkpoint" in out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--port", "many"),
+        ("log/", "--url", "http://localhost:5000"),
+        ("--url", "http://localhost:5000", "--config", "x.toml"),
+        ("--checklist", "--threads", "2"),
+        ("--url", "http://localhost:5000", "--timeout", "0"),
+        ("--url", "http://localhost:5000", "--api-key-file", "/no/such/file"),
+        ("--no-such-flag",),
+    ],
+)
+def test_what_cannot_be_asked_is_exit_code_2(words: tuple[str, ...], capsys: Capture) -> None:
+    assert run(*words) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert "error" in error
+
+
+def test_no_key_is_ever_printed(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture) -> None:
+    monkeypatch.setenv("API_KEY", "s3cret-api")
+    monkeypatch.setenv("ADMIN_KEY", "s3cret-admin")
+    monkeypatch.setenv("REDIS_URL", "redis://:s3cret-redis@127.0.0.1:1/0")
+    (tmp_path / "key").write_text("s3cret-file\n")
+    assert run(model, "--port", "0") == 1
+    assert run("--url", "http://gpt.example.com") == 2
+    assert run("--url", "http://gpt.example.com", "--api-key-file", str(tmp_path / "key")) == 2
+    assert run("--url", "http://127.0.0.1:1", "--json") == 1
+    out, error = capsys.readouterr()
+    assert "s3cret" not in out + error
+    assert "Redis at 127.0.0.1:1 does not answer" in out
+    assert os.environ["API_KEY"] == "s3cret-api"
