@@ -1,14 +1,14 @@
 """A real systemd: process 1 of namespaces of its own, with no unit but what a test installs.
 
-/etc, /opt and /var are laid over the machine's, so that installation commands can be run as they are documented and leave
-nothing behind. The network is the machine's: tests reach on loopback what systemd has started.
+/etc, /opt and /var are laid over the machine's, so that installation commands can be run as they are documented and
+leave nothing behind. The network is the machine's: tests reach on loopback what systemd has started.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +19,7 @@ import pytest
 from http_support import START_S, wait_for
 from support import ROOT, require_service
 
+LOG = "/var/log/nano-gpt-api.log"
 _SYSTEMD = "/lib/systemd/systemd"
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
@@ -80,10 +81,8 @@ class Systemd:
         return self.systemctl("is-active", "tests.target", check=False).stdout == "active\n"
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        result = subprocess.run(
-            ["nsenter", "--target", str(self._pid), "--mount", "--pid", "--cgroup", "--uts", "--ipc", "--wd=/", *command],
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+        enter = ["nsenter", "--target", str(self._pid), "--mount", "--pid", "--cgroup", "--uts", "--ipc", "--wd=/"]
+        result = subprocess.run([*enter, *command], capture_output=True, text=True, timeout=120)
         assert result.returncode == 0 or not check, f"{command}: {result.stdout}{result.stderr}\n{self.log}"
         return result
 
@@ -100,12 +99,10 @@ class Systemd:
     def pids(self, unit: str) -> dict[int, str]:
         """The living processes of a unit, as this machine numbers them: pid → command line."""
         found = {}
-        for folder in Path("/proc").iterdir():
-            try:
-                if folder.name.isdigit() and f"/{unit}\n" in (folder / "cgroup").read_text():
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f"/{unit}\n" in (folder / "cgroup").read_text():
                     found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
         return found
 
     def end(self) -> None:
@@ -150,8 +147,9 @@ def install_package(systemd: Systemd) -> None:
     script.chmod(0o755)
     needed = {str(ROOT), sys.prefix, sys.base_prefix, *(path for path in sys.path if os.path.isdir(path))}
     hidden = [path for path in sorted(needed) if path.startswith(("/home/", "/root/", "/tmp/", "/var/tmp/"))]
+    lines = ["[Service]", f"StandardOutput=append:{LOG}", "StandardError=inherit"]  # there is no journal
     if hidden:
-        drop_in = systemd.path("/etc/systemd/system/nano-gpt-api.service.d/tests.conf")
-        drop_in.parent.mkdir(parents=True, exist_ok=True)
-        drop_in.write_text(f"[Service]\nProtectHome=tmpfs\nBindReadOnlyPaths={' '.join(hidden)}\n")
-    assert shutil.which("systemctl")
+        lines += ["ProtectHome=tmpfs", f"BindReadOnlyPaths={' '.join(hidden)}"]
+    drop_in = systemd.path("/etc/systemd/system/nano-gpt-api.service.d/tests.conf")
+    drop_in.parent.mkdir(parents=True)
+    drop_in.write_text("\n".join(lines) + "\n")
