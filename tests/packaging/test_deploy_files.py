@@ -178,6 +178,29 @@ def test_kustomize_builds_what_kubernetes_would_take(folder: str, tmp_path: Path
     assert ("nvidia.com/gpu" in spec["containers"][0]["resources"]["limits"]) == (folder == "overlays/gpu")
 
 
+def test_the_documented_commands_make_the_secrets_and_name_files_that_are_there() -> None:
+    """As far as a machine without a cluster can tell."""
+    text = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    found = re.search(r"^### Kubernetes\n.*?^```bash\n(.*?)^```$", text, re.M | re.S)
+    assert found
+    files = re.findall(r"deploy/kubernetes/[\w./-]+", found[1])
+    assert len(files) == 4
+    assert all((ROOT / file).exists() for file in files)
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not here")
+    made = {}
+    for line in [line for line in found[1].splitlines() if " create secret " in line]:
+        command = f"password=secret; {line} --dry-run=client -o yaml"
+        shown = subprocess.run(
+            ["sh", "-e", "-c", command], capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+        secret = yaml.safe_load(shown)
+        assert secret["metadata"]["namespace"] == "nano-gpt-api"
+        made[secret["metadata"]["name"]] = secret["data"].keys()
+    examples = load(KUBERNETES / "examples" / "secret.yaml")
+    assert made == {item["metadata"]["name"]: item["stringData"].keys() for item in examples}
+
+
 def test_kubernetes_agrees_with_the_settings() -> None:
     settings, spec = configured(), pod("nano-gpt-api")["spec"]
     [server] = spec["containers"]

@@ -18,7 +18,7 @@ _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 
 # What surrounds a site: the distribution's nginx.conf, with its folders moved.
-_MAIN = """
+MAIN = """
 daemon off; worker_processes 1; pid nginx.pid; error_log stderr warn;
 events {}
 http {
@@ -101,7 +101,7 @@ class Nginx:
             return text
 
         (self.folder / "conf.d").mkdir()
-        (self.folder / "nginx.conf").write_text(_MAIN)
+        (self.folder / "nginx.conf").write_text(MAIN)
         text = guide_block() if site == "guide" else (DEPLOY / site).read_text(encoding="utf-8")
         (self.folder / "conf.d" / "site.conf").write_text(changed(text))
         if site != "guide":

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import requests
 from http_support import BIN, ENDLESS, ENDLESS_BODY, START_S, Server, from_address, read_events, wait_for
-from nginx_support import Nginx, free_port
+from nginx_support import MAIN, Nginx, certificate, free_port, guide_block
 from support import ROOT
 from web_support import EchoClient, make_app
 from werkzeug.serving import WSGIRequestHandler, make_server
@@ -265,7 +265,7 @@ def test_one_id_is_in_both_logs(behind: Server, site: Nginx, client: requests.Se
     [told] = answer.raw.headers.getlist("X-Request-Id")
     assert told == answer.json()["request_id"]
     assert told == given or (given != "abc-1" and re.fullmatch("[0-9a-f]{32}", told))
-    assert f" id={told} " in behind.log
+    assert f" id={told}" in behind.log
     wait_for(lambda: f" id={told}\n" in (site.folder / "access.log").read_text(), START_S, "nginx logs it")
 
 
@@ -355,3 +355,29 @@ def test_nginx_accepts_it_without_a_word(nginx: Callable[..., Nginx], conf: str)
     result = subprocess.run(proxy.command("-t"), cwd=proxy.folder, capture_output=True, text=True, timeout=30)
     assert result.returncode == 0
     assert "[" not in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("page", ["docs/deployment.md", "docs/zh/deployment.md"])
+def test_the_documented_commands_install_it(page: str, tmp_path: Path) -> None:
+    """Word for word, but for the folder; what they leave is a configuration that nginx takes."""
+    found = re.search(r"^```bash\n(cp -r deploy/nginx/.*?)^nginx -t ", (ROOT / page).read_text("utf-8"), re.M | re.S)
+    assert found
+    etc = tmp_path / "etc"
+    (etc / "conf.d").mkdir(parents=True)
+    subprocess.run(["sh", "-e", "-c", found[1].replace("/etc/nginx", str(etc))], cwd=ROOT, check=True, timeout=30)
+    installed = etc / "conf.d" / "nano-gpt-api.conf"
+    assert "your-domain.com" not in installed.read_text()
+    live = "/etc/letsencrypt/live/gpt.example.com"
+    assert installed.read_text().count(live) == 2
+    certificate(tmp_path)
+    installed.write_text(installed.read_text().replace(live, str(tmp_path)))
+    server = etc / "nano-gpt-api" / "server.conf"
+    server.write_text(server.read_text().replace("/var/log/nginx", str(tmp_path)))
+    (etc / "nginx.conf").write_text(MAIN)
+    command = ["nginx", "-t", "-p", str(tmp_path), "-c", str(etc / "nginx.conf"), "-e", "stderr"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    assert result.returncode == 0, result.stderr
+
+
+def test_both_languages_show_the_guides_block() -> None:
+    assert guide_block("docs/deployment.md") == guide_block("docs/zh/deployment.md")

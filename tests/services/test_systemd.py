@@ -149,6 +149,10 @@ def test_systemd_analyze_agrees(service: Service) -> None:
     require_service("systemd-analyze", os.path.exists("/usr/bin/systemd-analyze"), "it comes with systemd")
     verified = service.systemd.run("systemd-analyze", "verify", f"/etc/systemd/system/{UNIT}")
     assert not verified.stderr.strip()
+    gpu = "/etc/systemd/system/gpu.service"
+    place = f"cp deploy/systemd/{UNIT} {gpu} && install -D deploy/systemd/gpu.conf {gpu}.d/gpu.conf"
+    service.systemd.run("sh", "-c", f"cd {ROOT} && {place}")
+    assert not service.systemd.run("systemd-analyze", "verify", gpu).stderr.strip()
     told = {page: re.search(r"\b(\d\.\d)\b[^\n]*systemd-analyze|systemd-analyze security[^\n]*?\b(\d\.\d)\b", text)
             for page in ("docs/deployment.md", "docs/zh/deployment.md")
             for text in [(ROOT / page).read_text(encoding="utf-8")]}  # fmt: skip
