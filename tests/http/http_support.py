@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from requests.adapters import HTTPAdapter
 
 from nanogpt.engine.client import EngineClient
 from nanogpt.settings import Settings
@@ -174,3 +175,15 @@ def read_events(answer: requests.Response) -> Iterator[tuple[str, dict[str, Any]
 
 def stream(server: Server, body: dict[str, Any], **kwargs: Any) -> requests.Response:
     return server.generate({**body, "stream": True}, stream=True, **kwargs)
+
+
+def from_address(address: str) -> requests.Session:
+    """Requests that come from another address of the loopback network."""
+
+    class From(HTTPAdapter):
+        def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+            super().init_poolmanager(*args, source_address=(address, 0), **kwargs)
+
+    session = requests.Session()
+    session.mount("http://", From())
+    return session

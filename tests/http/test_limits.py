@@ -16,9 +16,8 @@ from typing import Any
 
 import pytest
 import requests
-from http_support import BIN, GUNICORN, START_S, Server, wait_for
+from http_support import BIN, GUNICORN, START_S, Server, from_address, wait_for
 from redis_server import RedisServer
-from requests.adapters import HTTPAdapter
 from support import ROOT, require_service
 
 from nanogpt.keys import add_key, digest, revoke_key
@@ -142,18 +141,6 @@ def test_nothing_of_a_key_is_logged(closed: Closed) -> None:
 
 
 # -- addresses --------------------------------------------------------------------------------------------------
-
-
-def from_address(address: str) -> requests.Session:
-    """Requests that come from another address of the loopback network."""
-
-    class From(HTTPAdapter):
-        def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-            super().init_poolmanager(*args, source_address=(address, 0), **kwargs)
-
-    session = requests.Session()
-    session.mount("http://", From())
-    return session
 
 
 def ask_from(address: str, url: str, count: int, **headers: str) -> list[int]:
