@@ -19,11 +19,18 @@ COPY nanogpt/ ./nanogpt/
 # The versions are those that the tests ran with. Where packages come from another index than PyPI:
 # docker build --secret id=pip,src=$HOME/.config/pip/pip.conf …
 ENV PIP_CONSTRAINT=/src/constraints.txt PIP_BUILD_CONSTRAINT=/src/constraints.txt
+# redis,otel for traces as well.
+ARG EXTRAS=redis
+# Left out, a fifth of the image: NumPy's tests, and the client with which tokenizers would download from the Hugging Face
+# Hub. This server downloads nothing.
 # hadolint ignore=DL3013
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python -m venv --without-pip /opt/venv \
-    && pip --python /opt/venv/bin/python install --no-cache-dir '.[redis,otel]' \
-    && /opt/venv/bin/python -I -c 'import nanogpt._kernels'
+    && pip --python /opt/venv/bin/python install --no-cache-dir ".[${EXTRAS}]" \
+    && pip --python /opt/venv/bin/python uninstall --yes \
+        huggingface-hub hf-xet fsspec filelock httpx2 httpcore2 anyio h11 pyyaml tqdm \
+    && find /opt/venv/lib/python3.*/site-packages/numpy -type d -name tests -prune -exec rm -r {} + \
+    && /opt/venv/bin/python -I -c 'import nanogpt._kernels, tokenizers'
 
 # log/ may not exist, which COPY alone would not forgive; and its files may be readable by their owner only.
 COPY . /app/
