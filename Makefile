@@ -14,7 +14,7 @@ PIP := PIP_CONSTRAINT="$(CONSTRAINTS)" PIP_BUILD_CONSTRAINT="$(CONSTRAINTS)" \
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shell find nanogpt -path '*/kernels/*' -type f)
 
 # Commands that the tests call and the Debian packages they come from. CI also runs the tests that are slow on a desk.
-SERVICES := chromium:chromium curl:curl nginx:nginx prometheus:prometheus redis-server:redis-server
+SERVICES := chromium:chromium curl:curl nginx:nginx openssl:openssl prometheus:prometheus redis-server:redis-server systemctl:systemd
 ifneq ($(filter true 1 yes,$(CI)),)
 SERVICES += qemu-aarch64:qemu-user aarch64-linux-gnu-g++:g++-aarch64-linux-gnu redis-server:redis-server
 endif
