@@ -21,8 +21,9 @@ COPY nanogpt/ ./nanogpt/
 ENV PIP_CONSTRAINT=/src/constraints.txt PIP_BUILD_CONSTRAINT=/src/constraints.txt
 # redis,otel for traces as well.
 ARG EXTRAS=redis
-# Left out, a fifth of the image: NumPy's tests, and the client with which tokenizers would download from the Hugging Face
-# Hub. This server downloads nothing.
+# Left out, a fifth of the image: NumPy's tests, debugging symbols, and the client with which tokenizers would download
+# from the Hugging Face Hub. This server downloads nothing. (NumPy's libraries were patched after they were linked, which
+# strip does not bear.)
 # hadolint ignore=DL3013
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python -m venv --without-pip /opt/venv \
@@ -30,7 +31,8 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     && pip --python /opt/venv/bin/python uninstall --yes \
         huggingface-hub hf-xet fsspec filelock httpx2 httpcore2 anyio h11 pyyaml tqdm \
     && find /opt/venv/lib/python3.*/site-packages/numpy -type d -name tests -prune -exec rm -r {} + \
-    && /opt/venv/bin/python -I -c 'import nanogpt._kernels, tokenizers'
+    && find /opt/venv/lib -name '*.so' -not -path '*/numpy*' -exec strip --strip-unneeded {} + \
+    && /opt/venv/bin/python -I -c 'import nanogpt._kernels, llguidance, pydantic, tiktoken, tokenizers'
 
 # log/ may not exist, which COPY alone would not forgive; and its files may be readable by their owner only.
 COPY . /app/
@@ -40,7 +42,8 @@ RUN mkdir -p /app/log && chmod -R a+rX /app
 FROM python:3.13-slim-trixie
 
 # A number, so that Kubernetes can see that it is not root.
-RUN useradd --uid 10001 --create-home --home-dir /var/cache/nanogpt --shell /usr/sbin/nologin nanogpt
+RUN useradd --uid 10001 --no-create-home --home-dir /var/cache/nanogpt --shell /usr/sbin/nologin nanogpt \
+    && install -d -o nanogpt -g nanogpt -m 700 /var/cache/nanogpt
 
 WORKDIR /app
 COPY --from=build /opt/venv/ /opt/venv/
