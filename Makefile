@@ -21,7 +21,7 @@ SERVICES += qemu-aarch64:qemu-user aarch64-linux-gnu-g++:g++-aarch64-linux-gnu r
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help install serve test check format docs bench bench-cpu demo test-lowest constraints services wheel clean
+.PHONY: help install serve test image-test check format docs bench bench-cpu demo test-lowest constraints services wheel clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -35,6 +35,9 @@ serve: install ## Serve on http://localhost:5000 (MODEL_CHECKPOINT, HOST, PORT a
 
 test: $(VENV)/.installed-dev services ## Run every test (PYTEST_ARGS="-k tokenizer" for some)
 	@exec $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+
+image-test: $(VENV)/.installed-dev ## Build the CPU image and drive it (minutes; docker or podman)
+	$(BIN)/python -m pytest -q -s --timeout 3600 tests/images/build_and_run.py
 
 check: $(VENV)/.installed-dev ## Lint, formatting, types, and documentation in step with the code
 	$(BIN)/ruff check
