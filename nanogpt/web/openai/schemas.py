@@ -189,6 +189,9 @@ class SamplingBody(Fields):
         max_length=MAX_PATTERN_CHARS,
         description="A regular expression that the whole answer follows. Ours, not OpenAI's.",
     )
+    ignore_eos: bool = Field(
+        False, description="Go on after the end-of-text token, for load tests. Ours and vLLM's, not OpenAI's."
+    )
     cache: bool = Field(True, description="Whether an identical answer that is there already may be used. Ours.")
     user: str | None = Field(None, max_length=1000, description="Of no effect.")
     safety_identifier: str | None = Field(None, max_length=1000, description="Of no effect.")
@@ -227,7 +230,8 @@ class SamplingBody(Fields):
         return grammar
 
     def sampling_params(self, max_tokens: int, *, more_stops: tuple[str, ...] = (), **more: Any) -> SamplingParams:
-        return sampling_params(self, max_tokens=max_tokens, more_stops=more_stops, grammar=self.grammar(), **more)
+        more |= {"grammar": self.grammar(), "ignore_eos": self.ignore_eos}
+        return sampling_params(self, max_tokens=max_tokens, more_stops=more_stops, **more)
 
 
 class CompletionBody(SamplingBody):
