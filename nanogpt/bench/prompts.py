@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanogpt.bench.http import Answer, Pool
-from nanogpt.bench.stream import words_of
+from nanogpt.bench.stream import read_answer, words_of
 from nanogpt.errors import InvalidRequest, NanoGPTError
 
 MAX_TOKENS = 10_000_000
-_PROBE_WORDS = (20, 120)
+_PROBE_WORDS = (4, 16)
 _COMMON_WORDS = """
 the of and to in that was he his it with is for as had you not be her on at by which have or from this him but
 all she they were my are me one their so an said them we who would been will no when there if more out up into do
@@ -123,24 +123,29 @@ async def discover(pool: Pool, workload: Workload) -> Server:
 
 
 async def _try(pool: Pool, workload: Workload, server: Server) -> Server:
-    """One request as the run will send them; and two more where lengths have to be learnt."""
+    """Requests as the run will send them; two short ones before, where lengths have to be learnt."""
+    server = await _learn_eos(pool, workload, server)
     maker = Prompts(workload, server)
-    answer = await pool.ask("POST", workload.path, maker.body(maker.prompt(0), 2))
-    if answer.status in (400, 422) and "ignore_eos" in words_of(answer):
-        server = _with(server, ignores_eos=False)
-        maker = Prompts(workload, server)
-        answer = await pool.ask("POST", workload.path, maker.body(maker.prompt(0), 2))
-    _require(answer, f"POST {workload.path}")
-    if maker.as_ids:
-        return server
-    counts = []
-    for words in _PROBE_WORDS:
-        answer = await pool.ask("POST", workload.path, maker.body(maker.words(words, _drawn(words)), 1))
-        counts.append(_usage(_require(answer, f"POST {workload.path}")))
-    if not all(counts):
-        return server  # no usage: prompts are as long as English is with GPT-2's tokenizer
-    slope = (counts[1] - counts[0]) / (_PROBE_WORDS[1] - _PROBE_WORDS[0])
-    return _with(server, tokens_a_word=max(slope, 0.1), tokens_around=counts[0] - slope * _PROBE_WORDS[0])
+    if not maker.as_ids:
+        counts = []
+        for words in _PROBE_WORDS:
+            answer = await pool.ask("POST", workload.path, maker.body(maker.words(words, _drawn(words)), 1))
+            counts.append(read_answer(_require(answer, f"POST {workload.path}"), began=0.0, planned=0.0).prompt_tokens)
+        if all(counts):  # without usage prompts are as long as English is with GPT-2's tokenizer
+            slope = (counts[1] - counts[0]) / (_PROBE_WORDS[1] - _PROBE_WORDS[0])
+            server = _with(server, tokens_a_word=max(slope, 0.1), tokens_around=counts[0] - slope * _PROBE_WORDS[0])
+            maker = Prompts(workload, server)
+    _require(await pool.ask("POST", workload.path, maker.body(maker.prompt(0), 2)), f"POST {workload.path}")
+    return server
+
+
+async def _learn_eos(pool: Pool, workload: Workload, server: Server) -> Server:
+    """Whether the server takes ``ignore_eos``: OpenAI's own refuses what it does not know."""
+    maker = Prompts(workload, server)
+    prompt = [0] if maker.as_ids else "the"
+    answer = await pool.ask("POST", workload.path, maker.body(prompt, 1))
+    refused = answer.status in (400, 422) and "ignore_eos" in words_of(answer)
+    return _with(server, ignores_eos=not refused)
 
 
 class Prompts:
@@ -234,12 +239,6 @@ def _json(answer: Answer) -> dict[str, Any]:
     except ValueError:
         said = None
     return said if isinstance(said, dict) else {}
-
-
-def _usage(answer: Answer) -> int:
-    from nanogpt.bench.stream import read_answer
-
-    return read_answer(answer, began=0.0, planned=0.0).prompt_tokens
 
 
 def _with(server: Server, **changes: Any) -> Server:
