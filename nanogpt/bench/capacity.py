@@ -144,7 +144,11 @@ class _Finder:
                 trial = await self._trial(met[-1], "confirm")
                 if trial.met:
                     found.rate, found.confirmed = met[-1], True
-                    found.why = f"Met twice; {high:.3g} a second was not." if high < math.inf else "No rate failed."
+                    found.why = (
+                        f"Met twice; {high:.3g} a second was not."
+                        if high < math.inf
+                        else "Met twice; the trials were used up before a rate failed, so it may be more."
+                    )
                     return
                 high = met.pop()
                 while met and met[-1] >= high:

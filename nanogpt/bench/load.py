@@ -167,7 +167,7 @@ class _Load:
                 planned = progress.began + at
                 if (wait := planned - time.perf_counter()) > 0:
                     await asyncio.sleep(wait)
-                if len(progress.open) >= plan.max_open:
+                if len(running) >= plan.max_open:
                     progress.outcomes.append(Outcome(progress.elapsed_s, 0.0, 0.0, failure=NOT_SENT))
                     continue
                 task = asyncio.create_task(self._ask(index, planned))

@@ -167,7 +167,7 @@ def peak_concurrency(outcomes: Sequence[Outcome]) -> int:
 
 
 def per_second(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
-    """Second by second: requests under way at its begin, output tokens that came, requests that ended, errors."""
+    """Second by second: requests under way in its middle, output tokens that came, requests that ended, errors."""
     if not outcomes:
         return []
     length = int(max(outcome.sent_s + outcome.e2e_s for outcome in outcomes)) + 1
@@ -175,7 +175,7 @@ def per_second(outcomes: Sequence[Outcome]) -> list[dict[str, float]]:
     for outcome in outcomes:
         end = outcome.sent_s + outcome.e2e_s
         rows[int(end)]["failed" if outcome.failure else "completed"] += 1
-        for second in range(max(0, math.ceil(outcome.sent_s)), int(end) + 1):
+        for second in range(math.ceil(outcome.sent_s - 0.5), math.floor(end - 0.5) + 1):
             rows[second]["running"] += 1
         if outcome.ttft_s is not None:
             at = outcome.sent_s + outcome.ttft_s

@@ -111,6 +111,9 @@ def nullable(schema: dict[str, Any]) -> None:
 
 class StreamOptions(Fields):
     include_usage: bool = Field(False, description="Send the usage in a last chunk of its own.")
+    continuous_usage_stats: bool = Field(
+        False, description="With include_usage: every chunk tells the usage so far. Ours and vLLM's, not OpenAI's."
+    )
     include_obfuscation: Literal[False] = Field(False, description="Nothing is obfuscated.")
 
 
@@ -212,6 +215,10 @@ class SamplingBody(Fields):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def grammar(self) -> str | None:
         """What the answer has to follow, as the engine reads it. Raises: InvalidRequest."""
