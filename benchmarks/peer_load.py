@@ -110,6 +110,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peer_load", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--url", help="a server that runs (default: ours is started)")
+    parser.add_argument("--paced", action="store_true", help="a server that computes nothing and sends each token at"
+                        " its time: what is left is the difference between the two tools")  # fmt: skip
     parser.add_argument("--model", choices=list(MODELS), default="gpt2", help="of the server that is started")
     parser.add_argument("--precision", default="int8", choices=("fp32", "int8", "int4"))
     parser.add_argument("--threads", type=int, default=1, help="of its engine: fewer than processors, so that a client"
@@ -131,7 +133,11 @@ def main(words: list[str]) -> int:
     folder = options.cache / "peer-load"
     folder.mkdir(parents=True, exist_ok=True)
     server = None
-    if not options.url:
+    if options.paced:
+        port = servers.free_port()
+        command = [sys.executable, "-m", "benchmarks.paced_server", str(port)]
+        server = servers.Server("paced", "", "", command, {}, port)
+    elif not options.url:
         model = MODELS[options.model]
         checkpoint = make_model(model, options.cache / "models" / model.name)
         server = servers.ours(checkpoint, options.precision, options.threads, 1)

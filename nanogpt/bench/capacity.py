@@ -249,7 +249,7 @@ def recommend(capacity: Capacity) -> dict[str, Any] | None:
 
 
 TOKENS_PER_S_OF_A_WORKER = 2000
-"""What one HTTP worker streams with room to spare: docs/benchmarking.md tells how that was measured."""
+"""A rule of thumb: one worker of the embedded model's server, on a shared machine of two cores, streamed 1,700."""
 
 
 def _p50(figures: dict[str, Any], name: str) -> str:

@@ -71,9 +71,10 @@ def kinds(run: Run) -> dict[str, int]:
 
 
 def bench(server: Server, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nanogpt", "bench", "serve", server.url]
     return subprocess.run(
-    """Key from the environment, table on standard output, JSON and page in files; the key is in no file."""
-         *words], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60,
+        [*command, "--prompt-tokens", "4-8", "--output-tokens", "4", *words],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
 
 
