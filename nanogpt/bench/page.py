@@ -11,15 +11,15 @@ from nanogpt.bench.report import TIMES, how_loaded, what_asked
 
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --front: #1c2024; --soft: #5b6470; --line: #dfe3e8; --card: #f6f8fa;
-  --c1: #0b62d6; --c2: #b4540a; --c3: #157f3b; --c4: #8a3ab9; --bad: #c0262d; }
+  --c1: #0b62d6; --c2: #b4540a; --c3: #157f3b; --bad: #c0262d; }
 @media (prefers-color-scheme: dark) { :root { --back: #14171a; --front: #e6e9ec; --soft: #9aa4af; --line: #30363d;
-  --card: #1d2126; --c1: #62a8ff; --c2: #f0a35e; --c3: #5fce85; --c4: #cf9bf0; --bad: #ff7b80; } }
+  --card: #1d2126; --c1: #62a8ff; --c2: #f0a35e; --c3: #5fce85; --bad: #ff7b80; } }
 body { background: var(--back); color: var(--front); font: 15px/1.5 system-ui, sans-serif; margin: 0 auto;
   max-width: 1360px; padding: 1.5rem; }
 h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; } p { margin: .25rem 0; }
 .soft { color: var(--soft); } .bad { color: var(--bad); font-weight: 600; }
 .cards, .plots { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); }
-.plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); }
+.plots { grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); margin-top: .75rem; }
 .cards div, figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .75rem; }
 .cards b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; } figure { margin: 0; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -31,7 +31,7 @@ text.limit { fill: var(--bad); }
 polyline { fill: none; stroke-width: 2; } .key { border-radius: 2px; display: inline-block; height: .7em; margin:
   0 .35em 0 .6em; width: .7em; }
 polyline.s1 { stroke: var(--c1); } polyline.s2 { stroke: var(--c2); } polyline.s3 { stroke: var(--c3); }
-polyline.s4 { stroke: var(--c4); } circle.s1, .key.s1 { fill: var(--c1); background: var(--c1); }
+circle.s1, .key.s1 { fill: var(--c1); background: var(--c1); }
 circle.s2, .key.s2 { fill: var(--c2); background: var(--c2); } circle.s3, .key.s3 { fill: var(--c3);
   background: var(--c3); } circle.s4, .key.s4 { fill: var(--bad); background: var(--bad); }
 """
@@ -88,7 +88,7 @@ def _run(report: dict[str, Any]) -> list[str]:
              [Series("completed", points("e2e_ms"), 2, "points"), Series("failed", failed, 4, "points")],
              limits={k: v for k, v in limits.items() if k == "e2e"}, limit_axis="y"),
         *shares,
-        plot("ITL, quantiles of all gaps", "percentile", "ms", [Series("ITL", quantiles, 4)]) if quantiles else "",
+        plot("ITL, quantiles of all gaps", "percentile", "ms", [Series("ITL", quantiles, 2)]) if quantiles else "",
     ]  # fmt: skip
     client = report["client"]
     warning = f'<p class="bad">{escape(client["warning"])}</p>' if client["warning"] else ""
