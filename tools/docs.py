@@ -71,6 +71,9 @@ def cli_page() -> str:
     for name in cli.command_names():
         parser, _ = cli.command_parser(name)
         parts += [f"## nanogpt {name}", _console(f"nanogpt {name} --help", parser.format_help())]
+        for action in parser._get_positional_actions():
+            if isinstance(action, argparse._SubParsersAction):
+                parts += [_console(f"{kind.prog} --help", kind.format_help()) for kind in action.choices.values()]
     parts.append(
         "## Exit codes\n\n"
         "| code | meaning |\n|---|---|\n"

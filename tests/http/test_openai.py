@@ -183,6 +183,16 @@ def test_the_best_of_several(client: openai.OpenAI) -> None:
     assert best.usage.completion_tokens == 6 * 12
 
 
+def test_every_chunk_tells_the_usage_so_far_where_that_is_asked_for(client: openai.OpenAI) -> None:
+    """guidellm and vLLM's own benchmark ask for this, and for texts of a fixed length."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(complete(client, stream=True, stream_options=options, max_tokens=9, extra_body={"ignore_eos": True}))
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1] == 9
+    assert {chunk.usage.prompt_tokens for chunk in chunks} == {chunks[-1].usage.prompt_tokens}
+
+
 def test_a_stream_is_the_answer_in_pieces(client: openai.OpenAI) -> None:
     whole = complete(client, n=3, logprobs=1)
     texts, tokens, reasons = [""] * 3, [[] for _ in range(3)], [""] * 3

@@ -118,7 +118,7 @@ class ChatForm(OpenAIForm):
     head = ("chatcmpl", "chat.completion.chunk")
 
     def __init__(self, body: ChatBody, job: Job, group: TextGroup) -> None:
-        super().__init__(job, group, include_usage=body.include_usage)
+        super().__init__(job, group, include_usage=body.include_usage, continuous_usage=body.continuous_usage)
         self._body = body
         self._strips = [Strip() for _ in group.texts] if is_plain(job.model) else None
 

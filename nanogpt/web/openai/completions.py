@@ -109,7 +109,7 @@ class CompletionForm(OpenAIForm):
     head = ("cmpl", "text_completion")
 
     def __init__(self, body: CompletionBody, job: Job, group: TextGroup) -> None:
-        super().__init__(job, group, include_usage=body.include_usage)
+        super().__init__(job, group, include_usage=body.include_usage, continuous_usage=body.continuous_usage)
         self._body = body
 
     def choice(self, index: int, piece: str, *, first: bool, told: int) -> list[dict[str, Any]]:

@@ -111,6 +111,9 @@ def nullable(schema: dict[str, Any]) -> None:
 
 class StreamOptions(Fields):
     include_usage: bool = Field(False, description="Send the usage in a last chunk of its own.")
+    continuous_usage_stats: bool = Field(
+        False, description="With include_usage: every chunk tells the usage so far. Ours and vLLM's, not OpenAI's."
+    )
     include_obfuscation: Literal[False] = Field(False, description="Nothing is obfuscated.")
 
 
@@ -189,6 +192,9 @@ class SamplingBody(Fields):
         max_length=MAX_PATTERN_CHARS,
         description="A regular expression that the whole answer follows. Ours, not OpenAI's.",
     )
+    ignore_eos: bool = Field(
+        False, description="Go on after the end-of-text token, for load tests. Ours and vLLM's, not OpenAI's."
+    )
     cache: bool = Field(True, description="Whether an identical answer that is there already may be used. Ours.")
     user: str | None = Field(None, max_length=1000, description="Of no effect.")
     safety_identifier: str | None = Field(None, max_length=1000, description="Of no effect.")
@@ -210,6 +216,10 @@ class SamplingBody(Fields):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def continuous_usage(self) -> bool:
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+
     def grammar(self) -> str | None:
         """What the answer has to follow, as the engine reads it. Raises: InvalidRequest."""
         wanted = self.response_format
@@ -227,7 +237,8 @@ class SamplingBody(Fields):
         return grammar
 
     def sampling_params(self, max_tokens: int, *, more_stops: tuple[str, ...] = (), **more: Any) -> SamplingParams:
-        return sampling_params(self, max_tokens=max_tokens, more_stops=more_stops, grammar=self.grammar(), **more)
+        more |= {"grammar": self.grammar(), "ignore_eos": self.ignore_eos}
+        return sampling_params(self, max_tokens=max_tokens, more_stops=more_stops, **more)
 
 
 class CompletionBody(SamplingBody):

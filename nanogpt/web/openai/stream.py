@@ -39,11 +39,12 @@ class OpenAIForm:
 
     head: ClassVar[tuple[str, str]]
 
-    def __init__(self, job: Job, group: TextGroup, *, include_usage: bool) -> None:
+    def __init__(self, job: Job, group: TextGroup, *, include_usage: bool, continuous_usage: bool) -> None:
         self.job = job
         self.group = group
         self._head = answer_head(job, *self.head)
         self._usage: dict[str, Any] = {"usage": None} if include_usage else {}
+        self._continuous_usage = continuous_usage
         self._begun = [False] * len(group.texts)
         self._told = [0] * len(group.texts)
 
@@ -58,7 +59,8 @@ class OpenAIForm:
         if choices:
             self._begun[index] = True
             self._told[index] = len(self.group.texts[index].token_ids)
-        return b"".join(event({**self._head, "choices": [choice], **self._usage}) for choice in choices)
+        usage = {"usage": self.job.usage(self.group)} if self._continuous_usage else self._usage
+        return b"".join(event({**self._head, "choices": [choice], **usage}) for choice in choices)
 
     def end(self) -> bytes:
         if not self._usage:
