@@ -150,7 +150,7 @@ def test_systemd_analyze_agrees(service: Service) -> None:
     verified = service.systemd.run("systemd-analyze", "verify", f"/etc/systemd/system/{UNIT}")
     assert not verified.stderr.strip()
     gpu = "/etc/systemd/system/gpu.service"
-    place = f"cp deploy/systemd/{UNIT} {gpu} && install -D deploy/systemd/gpu.conf {gpu}.d/gpu.conf"
+    place = f"cp deploy/systemd/{UNIT} {gpu} && install -D -m 644 deploy/systemd/gpu.conf {gpu}.d/gpu.conf"
     service.systemd.run("sh", "-c", f"cd {ROOT} && {place}")
     assert not service.systemd.run("systemd-analyze", "verify", gpu).stderr.strip()
     told = {page: re.search(r"\b(\d\.\d)\b[^\n]*systemd-analyze|systemd-analyze security[^\n]*?\b(\d\.\d)\b", text)
