@@ -17,7 +17,7 @@ from nanogpt import errors, settings
 from nanogpt.settings import Settings
 
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")])
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("benchmarks/*/README.md")])
 PAIRS = [
     (ROOT / "README.md", ROOT / "README.zh-CN.md"),
     *((DOCS / page.name, page) for page in sorted((DOCS / "zh").glob("*.md"))),
@@ -85,6 +85,21 @@ def test_every_error_has_its_remedy_documented(error: type[errors.NanoGPTError],
     assert all(cell.strip() for cell in row[0].strip("|").split("|")), "a cell is empty"
 
 
+def test_messages_that_are_explained_are_ours() -> None:
+    """What stands between the dots of a message stands so in the code, or nobody finds the row."""
+    english, chinese = (
+        re.findall(r"^\| (`[^|]*) \| [^|]+ \| [^|]+ \|$", (DOCS / page).read_text(encoding="utf-8"), re.M)
+        for page in ("troubleshooting.md", "zh/troubleshooting.md")
+    )
+    messages = [re.findall("`([^`]+)`", cell) for cell in english]
+    assert messages == [re.findall("`([^`]+)`", cell) for cell in chinese]
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "nanogpt").rglob("*.py")))
+    source = re.sub(r'"\n\s+f?"', "", source)  # literals that go on in the next line
+    parts = [part.strip(" .:") for message in sum(messages, []) for part in message.split("…")]
+    assert len(parts) > 25
+    assert not [part for part in parts if part not in source]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     wrong = []
@@ -100,7 +115,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
 def test_every_page_is_found_from_the_index(page: Path) -> None:
     index = DOCS / "index.md"
-    reachable = {(DOCS / link.partition("#")[0]).resolve() for link in links(index)} | {index}
+    reachable = {(index.parent / link.partition("#")[0]).resolve() for link in links(index)} | {index}
     assert page.resolve() in reachable
 
 

@@ -35,8 +35,8 @@ def test_every_command_is_run_or_has_a_reason_not_to_be(page: str) -> None:
         if not command.run_elsewhere and not command.why_not and not command.programs <= PROGRAMS
     ]
     assert not unknown, (
-        f"{page} shows commands that are neither run nor listed. In tests/docs/shell_blocks.py, let them run (PROGRAMS, "
-        "translated), or give the reason why no test can (NOT_HERE):\n" + "\n".join(unknown)
+        f"{page} shows commands that are neither run nor listed. In tests/docs/shell_blocks.py, let them run "
+        "(PROGRAMS, translated), or give the reason why no test can (NOT_HERE):\n" + "\n".join(unknown)
     )
 
 
