@@ -36,6 +36,11 @@ NOT_HERE = [
         "lm_eval",
         "it downloads its data; tests/http/test_lm_eval.py runs it with data that is here",
     ),
+    (
+        "*",
+        'python -c "import torch',
+        "it is PyTorch's own, and takes seconds; tests/unit/test_create_runner.py has ours",
+    ),
     ("*", "htop", "it is interactive"),
     ("*", "nvidia-smi", "there is no GPU"),
     ("*", "netstat", "net-tools is not part of every system"),

@@ -24,6 +24,24 @@ PAIRS = [
 ]
 
 
+# The commands of the guide's shell blocks, word for word; those of its Docker chapter are tested with the images.
+GUIDES_COMMANDS = (
+    "python -m web.serve",
+    "MODEL_CHECKPOINT=log/model_40000.pt PORT=8080 python -m web.serve",
+    "pip install gunicorn",
+    "gunicorn -w 4 -b 0.0.0.0:5000 web.serve:app",
+    "gunicorn -w 4 -b 0.0.0.0:5000 --timeout 120 web.serve:app",
+    "pip install redis",
+    'python -c "import torch; print(torch.cuda.is_available())"',
+    "htop",
+    "nvidia-smi -l 1",
+    "netstat -an | grep 5000",
+)
+GUIDES_CHAPTERS = (
+    "概述", "快速开始", "API 接口", "生产部署", "性能优化", "监控和日志", "安全建议", "故障排查", "部署清单", "相关文档"
+)  # fmt: skip
+
+
 def without_code(text: str) -> str:
     return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
 
@@ -95,7 +113,7 @@ def test_messages_that_are_explained_are_ours() -> None:
     assert messages == [re.findall("`([^`]+)`", cell) for cell in chinese]
     source = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "nanogpt").rglob("*.py")))
     source = re.sub(r'"\n\s+f?"', "", source)  # literals that go on in the next line
-    parts = [part.strip(" .:") for message in sum(messages, []) for part in message.split("…")]
+    parts = [part.strip(" .:") for row in messages for message in row for part in message.split("…")]
     assert len(parts) > 25
     assert not [part for part in parts if part not in source]
 
@@ -134,6 +152,18 @@ def test_both_languages_show_the_same_commands(english: Path, chinese: Path) -> 
         return [re.sub(r"[^\x00-\x7f]+", "", line) for line in lines if line and not line.startswith("#")]
 
     assert commands(english) == commands(chinese)
+
+
+@pytest.mark.parametrize("page", ["deployment.md", "zh/deployment.md"])
+def test_the_guides_commands_stand_in_the_deployment_guide(page: str) -> None:
+    lines = [line.strip() for line in (DOCS / page).read_text(encoding="utf-8").splitlines()]
+    places = [lines.index(command) for command in GUIDES_COMMANDS]
+    assert places == sorted(places), "in the guide's order"
+
+
+def test_the_guides_chapters_stand_in_its_order() -> None:
+    ours = [text for level, text in headings(DOCS / "zh" / "deployment.md") if level == 2]
+    assert [text for text in ours if text in GUIDES_CHAPTERS] == list(GUIDES_CHAPTERS)
 
 
 @pytest.mark.parametrize("page", [DOCS / "what-users-ask.md", ROOT / "SECURITY.md"], ids=lambda page: page.name)

@@ -99,25 +99,20 @@ class Reader:
         assert not result.stdout.startswith('{"error"'), f"{program[-1]}\n{result.stdout}"
         return result.stdout
 
-    def is_new(self, command: Command) -> bool:
-        """Only gunicorn can tell without starting; of other servers each variant is started."""
-        return (command.form if command.form.startswith("gunicorn") else command.text) not in self.seen
-
     def type(self, command: Command, is_talked_to: bool) -> None:
         if not command.serves:
             if self.server is None and command.asks_a_server:
                 self.serve("python -m web.serve")
-            if command.form.startswith("python -c") and command.text in self.seen:
-                return
-            self.seen.add(command.text)
             self.run(["bash", "-euo", "pipefail", "-c", self.translated(command.text)])
-        elif is_talked_to or self.is_new(command):
-            self.seen |= {command.text, command.form}
+            return
+        text, form = self.translated(command.text).replace("PORT=0 ", ""), self.translated(command.form)
+        is_new = (form if command.form.startswith("gunicorn") else text) not in self.seen
+        if is_talked_to or is_new:
             self.serve(command.text)
-        elif command.text not in self.seen:
-            self.seen.add(command.text)
+        elif text not in self.seen:
             self.leave()
             self.run(["bash", "-c", self.translated(command.text).replace("gunicorn", "gunicorn --check-config", 1)])
+        self.seen |= {text, form}
 
 
 @pytest.fixture(scope="module")
