@@ -145,8 +145,10 @@ def test_both_languages_have_the_same_chapters(english: Path, chinese: Path) -> 
 
 @pytest.mark.parametrize(("english", "chinese"), PAIRS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_both_languages_show_the_same_commands(english: Path, chinese: Path) -> None:
+    """Programs and JSON as well: what the tests run of an English page, they have run of the Chinese one."""
+
     def commands(page: Path) -> list[str]:
-        blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+        blocks = re.findall(r"^ *```(?:bash|python|json)\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.M | re.S)
         # Comments and prompts are in the reader's language.
         lines = [line.partition(" #")[0].strip() for block in blocks for line in block.splitlines()]
         return [re.sub(r"[^\x00-\x7f]+", "", line) for line in lines if line and not line.startswith("#")]
