@@ -108,9 +108,12 @@ def test_in_a_browser_it_is_searched_in_both_languages_and_fits_a_phone(site: Pa
             assert width <= PHONE["width"], f"{file.name} is {width} pixels wide"
         page = browser.new_page(viewport=PHONE)
         asked: list[str] = []
+        missing: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
+        page.on("response", lambda response: missing.append(response.url) if response.status >= 400 else None)
         for word, wanted in (("rollback", "deployment.html"), ("回滚", "zh/deployment.html")):
             page.goto(f"{address}/index.html?q={word}")
             found = page.locator(f".md-search-result__link[href*='{wanted}']").first
-            found.wait_for(state="attached", timeout=20_000)
+            found.wait_for(state="attached", timeout=60_000)
+        assert not missing
         assert {urlsplit(url).netloc for url in asked if not url.startswith("data:")} == {urlsplit(address).netloc}

@@ -74,3 +74,8 @@ def on_page_context(context: dict[str, Any], page: Page, config: MkDocsConfig, n
         context["nav"] = copy(nav)
         context["nav"].items = [nav.items[-1], *nav.items[:-1]]
     return context
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Without the theme's alternates in the head: for each of them it would ask for a sitemap that is not there."""
+    return re.sub(r'\s*<link rel="alternate" [^>]*hreflang[^>]*>', "", output)
