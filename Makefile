@@ -21,7 +21,7 @@ SERVICES += qemu-aarch64:qemu-user aarch64-linux-gnu-g++:g++-aarch64-linux-gnu r
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help install serve test image-test check format docs bench bench-cpu demo test-lowest constraints services wheel clean
+.PHONY: help install serve test image-test check format docs site bench bench-cpu demo test-lowest constraints services wheel clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -51,6 +51,9 @@ format: $(VENV)/.installed-dev ## Format the code and mend what ruff can mend
 
 docs: $(VENV)/.installed-dev ## Write docs/settings.md and docs/cli.md anew from the code
 	$(BIN)/python tools/docs.py
+
+site: $(VENV)/.installed-dev ## Build the documentation as a site into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: bench-cpu bench-http ## Run the benchmarks (benchmarks/*/README.md tell what they measure)
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from nanogpt import cli
+from nanogpt.cli.serve import GROUPS
 from nanogpt.settings import Settings
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -37,11 +38,14 @@ def settings_page() -> str:
         "`NANOGPT_CONFIG=FILE`). An unknown flag, key or variable that begins with `NANOGPT_` is an error that names",
         "the nearest one there is: a typing mistake never becomes a default. Units are in the names: `_s` is seconds.",
         "",
-        "| key | variable | flag | default | admitted | what it does |",
-        "|---|---|---|---|---|---|",
+        "Each setting stands here with its key, its variable and its flag. Secrets have no flag: `ps` would show it.",
     ]
     for field in dataclasses.fields(Settings):
         data = field.metadata
+        if field.name in GROUPS:
+            title = GROUPS[field.name]
+            lines += ["", f"## {title[0].upper()}{title[1:]}", ""]
+            lines += ["| setting | default | admitted | what it does |", "|---|---|---|---|"]
         if data["choices"]:
             admitted = ", ".join(f"`{choice}`" for choice in data["choices"])
         elif data["low"] is not None:
@@ -49,8 +53,10 @@ def settings_page() -> str:
         else:
             admitted = {"bool": "`true`, `false`"}.get(str(field.type), "text")
         default = "empty" if field.default == "" else f"`{str(field.default).lower()}`"
-        flag = "never: it would be seen by `ps`" if data["secret"] else f"`--{field.name.replace('_', '-')}`"
-        row = (f"`{field.name}`", f"`{data['env']}`", flag, default, admitted, data["help"])
+        names = [f"`{field.name}`", f"`{data['env']}`"]
+        if not data["secret"]:
+            names.append(f"`--{field.name.replace('_', '-')}`")
+        row = ("<br>".join(names), default, admitted, data["help"])
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
     lines += [
         "",

@@ -12,7 +12,7 @@ from nanogpt.settings import Settings
 
 HELP = "serve a checkpoint over HTTP"
 
-_GROUPS = {
+GROUPS = {
     "model_checkpoint": "model",
     "host": "HTTP",
     "max_prompt_chars": "requests",
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="settings file (TOML)")
     group: argparse._ArgumentGroup | None = None
     for field in dataclasses.fields(Settings):
-        if field.name in _GROUPS:
-            group = parser.add_argument_group(_GROUPS[field.name])
+        if field.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[field.name])
         if field.metadata["secret"]:
             continue
         assert group is not None

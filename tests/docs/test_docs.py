@@ -17,11 +17,29 @@ from nanogpt import errors, settings
 from nanogpt.settings import Settings
 
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")])
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *ROOT.glob("benchmarks/*/README.md")])
 PAIRS = [
     (ROOT / "README.md", ROOT / "README.zh-CN.md"),
     *((DOCS / page.name, page) for page in sorted((DOCS / "zh").glob("*.md"))),
 ]
+
+
+# The commands of the guide's shell blocks, word for word; those of its Docker chapter are tested with the images.
+GUIDES_COMMANDS = (
+    "python -m web.serve",
+    "MODEL_CHECKPOINT=log/model_40000.pt PORT=8080 python -m web.serve",
+    "pip install gunicorn",
+    "gunicorn -w 4 -b 0.0.0.0:5000 web.serve:app",
+    "gunicorn -w 4 -b 0.0.0.0:5000 --timeout 120 web.serve:app",
+    "pip install redis",
+    'python -c "import torch; print(torch.cuda.is_available())"',
+    "htop",
+    "nvidia-smi -l 1",
+    "netstat -an | grep 5000",
+)
+GUIDES_CHAPTERS = (
+    "概述", "快速开始", "API 接口", "生产部署", "性能优化", "监控和日志", "安全建议", "故障排查", "部署清单", "相关文档"
+)  # fmt: skip
 
 
 def without_code(text: str) -> str:
@@ -85,6 +103,21 @@ def test_every_error_has_its_remedy_documented(error: type[errors.NanoGPTError],
     assert all(cell.strip() for cell in row[0].strip("|").split("|")), "a cell is empty"
 
 
+def test_messages_that_are_explained_are_ours() -> None:
+    """What stands between the dots of a message stands so in the code, or nobody finds the row."""
+    english, chinese = (
+        re.findall(r"^\| (`[^|]*) \| [^|]+ \| [^|]+ \|$", (DOCS / page).read_text(encoding="utf-8"), re.M)
+        for page in ("troubleshooting.md", "zh/troubleshooting.md")
+    )
+    messages = [re.findall("`([^`]+)`", cell) for cell in english]
+    assert messages == [re.findall("`([^`]+)`", cell) for cell in chinese]
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "nanogpt").rglob("*.py")))
+    source = re.sub(r'"\n\s+f?"', "", source)  # literals that go on in the next line
+    parts = [part.strip(" .:") for row in messages for message in row for part in message.split("…")]
+    assert len(parts) > 25
+    assert not [part for part in parts if part not in source]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     wrong = []
@@ -109,7 +142,7 @@ def test_the_chapters_that_the_doctor_points_to_exist() -> None:
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
 def test_every_page_is_found_from_the_index(page: Path) -> None:
     index = DOCS / "index.md"
-    reachable = {(DOCS / link.partition("#")[0]).resolve() for link in links(index)} | {index}
+    reachable = {(index.parent / link.partition("#")[0]).resolve() for link in links(index)} | {index}
     assert page.resolve() in reachable
 
 
@@ -121,13 +154,27 @@ def test_both_languages_have_the_same_chapters(english: Path, chinese: Path) -> 
 
 @pytest.mark.parametrize(("english", "chinese"), PAIRS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_both_languages_show_the_same_commands(english: Path, chinese: Path) -> None:
+    """Programs and JSON as well: what the tests run of an English page, they have run of the Chinese one."""
+
     def commands(page: Path) -> list[str]:
-        blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+        blocks = re.findall(r"^ *```(?:bash|python|json)\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.M | re.S)
         # Comments and prompts are in the reader's language.
         lines = [line.partition(" #")[0].strip() for block in blocks for line in block.splitlines()]
         return [re.sub(r"[^\x00-\x7f]+", "", line) for line in lines if line and not line.startswith("#")]
 
     assert commands(english) == commands(chinese)
+
+
+@pytest.mark.parametrize("page", ["deployment.md", "zh/deployment.md"])
+def test_the_guides_commands_stand_in_the_deployment_guide(page: str) -> None:
+    lines = [line.strip() for line in (DOCS / page).read_text(encoding="utf-8").splitlines()]
+    places = [lines.index(command) for command in GUIDES_COMMANDS]
+    assert places == sorted(places), "in the guide's order"
+
+
+def test_the_guides_chapters_stand_in_its_order() -> None:
+    ours = [text for level, text in headings(DOCS / "zh" / "deployment.md") if level == 2]
+    assert [text for text in ours if text in GUIDES_CHAPTERS] == list(GUIDES_CHAPTERS)
 
 
 @pytest.mark.parametrize("page", [DOCS / "what-users-ask.md", ROOT / "SECURITY.md"], ids=lambda page: page.name)

@@ -1,7 +1,8 @@
 """Protects the first ten minutes of a user: what the quickstart says to type is typed here, against a real server.
 
 A block of code behind ``<!-- test -->`` is run; one behind ``<!-- test: the same keys -->`` is compared with what the
-block before it printed.
+block before it printed. The Chinese pages hold the same blocks (``test_docs.py`` compares them); the other commands of
+these pages are run by ``test_shell_blocks.py``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import pytest
 from support import ROOT, require_service
 
-PAGES = ["README.md", "README.zh-CN.md", "docs/quickstart.md", "docs/zh/quickstart.md"]
+PAGES = ["README.md", "docs/quickstart.md"]
 BIN = Path(sys.executable).parent
 MARKED = re.compile(r"^<!-- test(: the same keys)? -->\n```(\w+)\n(.*?)^```$", re.M | re.S)
 
