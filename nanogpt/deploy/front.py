@@ -52,7 +52,8 @@ class Front:
         self._patience_s = settings.request_timeout_s + settings.engine_wait_s
 
     async def __call__(self, http: HttpRequest) -> Response:
-        return _Relay(self.answer(await _read(http, self._max_body_bytes)))
+        request = await _read(http, self._max_body_bytes)
+        return _Relay(self.answer(request), request.header("x-request-id"))
 
     async def answer(self, request: Request) -> AsyncGenerator[Head | bytes, None]:
         """A head, then the body as it comes."""
@@ -131,17 +132,18 @@ class Front:
 class _Relay(Response):
     """An answer as it is passed on to the proxy. When the client leaves, Ray cancels this, and the replica is told."""
 
-    def __init__(self, parts: AsyncGenerator[Head | bytes, None]) -> None:
+    def __init__(self, parts: AsyncGenerator[Head | bytes, None], request_id: str) -> None:
         super().__init__()
         self._parts = parts
+        # The proxy gives each request an id, and says it in the answer: ours is the same, and would be its second.
+        self._told = ("X-Request-Id", request_id)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._parts) as parts:
             async for part in parts:
                 if isinstance(part, Head):
-                    headers = [
-                        (name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in part.headers
-                    ]
+                    told = [(name, value) for name, value in part.headers if (name, value) != self._told]
+                    headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in told]
                     await send({"type": "http.response.start", "status": part.status, "headers": headers})
                 elif part:
                     await send({"type": "http.response.body", "body": part, "more_body": True})

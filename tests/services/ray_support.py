@@ -48,13 +48,16 @@ class Cluster:
             "RAY_ADDRESS": f"127.0.0.1:{port}",
             "OMP_NUM_THREADS": "1",
         }
+        self.url = ""
+
+    def start(self) -> None:
+        port = self._environment["RAY_ADDRESS"].rpartition(":")[2]
         self._start(
             "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2",
             "--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=80000000",
-            f"--temp-dir={folder / 'r'}",
+            f"--temp-dir={self._folder / 'r'}",
         )  # fmt: skip
         self._wait(lambda: "Ray runtime started" in self.log("ray"), "the cluster runs")
-        self.url = ""
 
     def serve(self, config: str, **environment: str) -> None:
         """``serve run`` of this configuration, until it answers."""
@@ -90,6 +93,9 @@ class Cluster:
                     continue
         return found
 
+    def _logs(self) -> str:
+        return "\n".join(path.read_text(errors="replace") for path in self._folder.glob("*.log"))
+
     def log(self, name: str) -> str:
         return (self._folder / f"{name}.log").read_text(errors="replace")
 
@@ -106,15 +112,19 @@ class Cluster:
         with (self._folder / f"{name}.log").open("wb") as log:
             self._processes.append(
                 subprocess.Popen(
-                    [BIN / name, *arguments], env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    [BIN / name, *arguments],
+                    env=self._environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
                     start_new_session=True,
-                )  # fmt: skip
+                )
             )
 
     def _wait(self, condition: Any, what: str) -> None:
         def held() -> bool:
             for process in self._processes:
-                assert process.poll() is None, f"{process.args}: {[self.log(p.name[:-4]) for p in self._folder.glob('*.log')]}"
+                assert process.poll() is None, f"{process.args} has ended: {self._logs()}"
             return bool(condition())
 
         started = time.monotonic()
