@@ -181,9 +181,7 @@ def test_a_body_that_is_no_good_has_no_key_and_is_no_error(body: bytes) -> None:
 
 
 def test_the_pages_of_replicas_are_one_page() -> None:
-    page = (
-        '# HELP a_total As.\n# TYPE a_total counter\na_total{code="x y"} 1.0\n# HELP b B.\n# TYPE b gauge\nb 2.0\n'
-    )
+    page = '# HELP a_total As.\n# TYPE a_total counter\na_total{code="x y"} 1.0\n# HELP b B.\n# TYPE b gauge\nb 2.0\n'
     assert merge([("r2", page), ("r1", page)]).splitlines() == [
         "# HELP a_total As.", "# TYPE a_total counter",
         'a_total{replica="r1",code="x y"} 1.0', 'a_total{replica="r2",code="x y"} 1.0',
