@@ -78,7 +78,7 @@ class Cluster:
         self._wait(ready, "the application answers")
 
     def post(self, path: str, body: dict[str, Any], **kwargs: Any) -> requests.Response:
-        return requests.post(self.url + path, json=body, timeout=120, **kwargs)
+        return requests.post(self.url + path, json=body, timeout=300, **kwargs)
 
     def replica_pids(self) -> set[int]:
         """The processes of this cluster's replicas."""
