@@ -87,7 +87,10 @@ class Cluster:
             if entry.name.isdigit():
                 try:
                     command = (entry / "cmdline").read_bytes()
-                    if b":Replica" in command and str(self._folder).encode() in (entry / "environ").read_bytes():
+                    # Ray writes the name over the environment, too: whose it is, its parent tells (the raylet).
+                    parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                    is_ours = str(self._folder).encode() in Path(f"/proc/{parent}/cmdline").read_bytes()
+                    if is_ours and b"ServeReplica" in command and b":Replica" in command:
                         found.add(int(entry.name))
                 except OSError:
                     continue
