@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from nanogpt import LLM, SamplingParams
 from nanogpt.checkpoint import load_checkpoint, weights_sha256
 from nanogpt.checkpoint.convert import convert
 
@@ -48,6 +49,12 @@ def test_transformers_loads_the_folder_to_the_golden_logits(
         for prompt in ("p1", "p2", "p3"):
             logits = model(torch.from_numpy(expected[f"prompt_{prompt}"]).long()[None]).logits[0, -1].numpy()
             np.testing.assert_allclose(logits, expected[f"logits_{prompt}"], rtol=1e-4, atol=1e-4)
+    with LLM(folder, precision="fp32", runner="torch") as llm:
+        (ours,) = llm.generate(TEXT, SamplingParams(temperature=0, max_tokens=24))
+    with torch.no_grad():
+        prompt = tokenizer(TEXT, return_tensors="pt", return_token_type_ids=False)
+        theirs = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=0)[0]
+    assert ours.text == tokenizer.decode(theirs[prompt.input_ids.shape[1] :], skip_special_tokens=True)
     assert tokenizer(TEXT).input_ids == original.tokenizer.encode(TEXT)
     assert tokenizer.decode(original.tokenizer.encode(TEXT)) == TEXT
 

@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
     {"engine"},
     {"llm"},
     {"web"},
-    {"train", "eval", "bench", "doctor"},
+    {"train", "eval", "bench", "doctor", "deploy"},
     {"cli"},
     {"__main__"},
 ]
