@@ -16,7 +16,7 @@ from nanogpt.web.body import read_json_object
 from nanogpt.web.engine import ServedModel
 from nanogpt.web.generation import TextGeneration
 from nanogpt.web.group import TextGroup
-from nanogpt.web.openai.job import Job, check_model, check_size, room_for
+from nanogpt.web.openai.job import Job, check_size, room_for
 from nanogpt.web.openai.schemas import ChatBody, Message
 from nanogpt.web.openai.stream import OpenAIForm, answer_head, finish_reason
 from nanogpt.web.service import GenerationService
@@ -28,8 +28,7 @@ def chat_completions(service: GenerationService) -> Response:
     body = ChatBody.parse(read_json_object(request, service.settings.max_body_bytes), service.settings)
     with ExitStack() as held:
         held.enter_context(service.place())
-        model = service.model()
-        check_model(model, body.model)
+        model = service.model(body.model)
         prompt = prompt_token_ids(model, body.messages)
         room = room_for(prompt, model, service.settings, "messages")
         job = make_job(body, model, prompt, body.wanted_tokens or room)

@@ -16,7 +16,7 @@ from nanogpt.web.body import read_json_object
 from nanogpt.web.engine import ServedModel
 from nanogpt.web.generation import TextGeneration
 from nanogpt.web.group import TextGroup
-from nanogpt.web.openai.job import Job, check_model, check_size, encode
+from nanogpt.web.openai.job import Job, check_size, encode
 from nanogpt.web.openai.schemas import CompletionBody
 from nanogpt.web.openai.stream import OpenAIForm, answer_head, finish_reason
 from nanogpt.web.service import GenerationService
@@ -28,8 +28,7 @@ def completions(service: GenerationService) -> Response:
     body = CompletionBody.parse(read_json_object(request, service.settings.max_body_bytes), service.settings)
     with ExitStack() as held:
         held.enter_context(service.place())
-        model = service.model()
-        check_model(model, body.model)
+        model = service.model(body.model)
         job = make_job(body, model)
         check_size(job, service.settings, "prompt")
         group = service.start_many(model, job.texts(), cache=body.cache)

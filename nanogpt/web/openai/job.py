@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nanogpt.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
+from nanogpt.errors import ContextLengthExceeded, InvalidRequest
 from nanogpt.sampling_params import SamplingParams
 from nanogpt.settings import Settings
 from nanogpt.tokenizer.base import Tokenizer, empty_prompt
@@ -18,7 +18,6 @@ from nanogpt.web.engine import ServedModel
 from nanogpt.web.generation import TextGeneration
 from nanogpt.web.group import TextGroup
 
-ALIASES = frozenset({"", "default"})
 _SEEDS = 2**64
 
 
@@ -74,16 +73,6 @@ class Job:
 def _mean_logprob(text: TextGeneration) -> float:
     values = [item.logprob for item in text.logprobs]
     return sum(values) / len(values) if values else 0.0
-
-
-def check_model(model: ServedModel, name: str) -> None:
-    """Raises: ModelNotFound for another model than this one."""
-    if name != model.name and name not in ALIASES:
-        raise ModelNotFound(
-            f"The model {name[:80]!r} does not exist.",
-            field="model",
-            remedy=f"This server serves {model.name!r}; leave the field out, or send default.",
-        )
 
 
 def encode(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:

@@ -149,7 +149,7 @@ class SamplingBody(Fields):
         "stop": MAX_STOPS,
     }
 
-    model: str = Field("default", max_length=1000, description="The served model's name, or default.")
+    model: str = Field("default", max_length=1000, description="The name of a served model, or default.")
     temperature: float = Field(1.0, ge=0.0, le=2.0, description="Randomness; 0 always takes the most probable token.")
     top_p: float = Field(
         1.0, ge=0.0, le=1.0, description="Sample among the fewest tokens whose probabilities add up to p."
