@@ -1,4 +1,4 @@
-"""Two models on one server, with engines that only echo: who is asked for by which name, and what each route makes of it."""
+"""Two models on one server, with engines that only echo: who is asked for by which name, and what routes make of it."""
 
 from __future__ import annotations
 
