@@ -40,8 +40,9 @@ async function run(again = false) {
   controls.mark("");
   running = new AbortController();
   asked = text;
-  // Where neither column has a seed, both get the same: what differs is then the settings, or the model.
-  const options = { signal: running.signal, probabilities: byId("colour").checked, seed: drawSeed() };
+  // A column without a seed gets the other one's, or both get the same fresh one: what differs is then what was chosen.
+  const seed = active().map((column) => column.settings.seed).find((each) => each !== null) ?? drawSeed();
+  const options = { signal: running.signal, probabilities: byId("colour").checked, seed };
   if (mode === "chat" && !again) prompt.value = "";
   buttons();
   const ended = await Promise.allSettled(active().map((column) =>
