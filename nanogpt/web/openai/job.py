@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nanogpt.errors import ContextLengthExceeded, InvalidRequest
+from nanogpt.errors import ContextLengthExceeded, InvalidRequest, NanoGPTError
 from nanogpt.sampling_params import SamplingParams
 from nanogpt.settings import Settings
 from nanogpt.tokenizer.base import Tokenizer, empty_prompt
@@ -32,12 +32,19 @@ class Job:
     candidates: int = 1
     discards: bool = False
     """The new tokens are computed for the prompt's sake alone (max_tokens 0): they are neither shown nor counted."""
+    grammar_field: str = "response_format"
+    """The field of the request that the grammar comes from, if there is one."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def texts(self) -> list[tuple[Sequence[int], SamplingParams]]:
         """What goes to the engine: prompt by prompt, candidate by candidate."""
         params = [self._seeded(i) for i in range(self.candidates)]
         return [(prompt, each) for prompt in self.prompts for each in params]
+
+    def name_field(self, error: NanoGPTError) -> None:
+        """Where the engine finds fault with the grammar: the request's own word for it."""
+        if error.field == "grammar":
+            error.field = self.grammar_field
 
     def _seeded(self, index: int) -> SamplingParams:
         """Candidate i has the seed + i, so that each can be had again alone."""

@@ -210,6 +210,11 @@ class SamplingBody(Fields):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def grammar_field(self) -> str:
+        """Where the grammar comes from, if there is one."""
+        return "response_format" if self.regex is None else "regex"
+
     def grammar(self) -> str | None:
         """What the answer has to follow, as the engine reads it. Raises: InvalidRequest."""
         wanted = self.response_format
