@@ -52,6 +52,12 @@ class Settings:
     model_checkpoint: str = _setting(
         "", "Checkpoint to serve: a file, or a folder such as log/. Empty: the embedded model.", env="MODEL_CHECKPOINT"
     )
+    compare_checkpoint: str = _setting(
+        "",
+        "A second checkpoint to compare the first one with: requests get it that name it as their model. It takes "
+        "memory of its own. Empty: none.",
+        env="COMPARE_CHECKPOINT",
+    )
     tokenizer: str = _setting(
         "",
         "Tokenizer: gpt2, or a path to meta.pkl, tokenizer.json or llm.c's file. Empty: detected.",

@@ -20,9 +20,16 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(models, indent=2, ensure_ascii=False))
         return 0
-    rows = [("state", "when", "who", "digest", "model")]
+    rows = [("state", "role", "when", "who", "digest", "model")]
     rows += [
-        (model["state"], model["at"], model["who"], str(model["digest"] or "")[:12], model["path"] or "(embedded)")
+        (
+            model["state"],
+            model["role"],
+            model["at"],
+            model["who"],
+            str(model["digest"] or "")[:12],
+            model["path"] or "(embedded)",
+        )
         for model in models
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

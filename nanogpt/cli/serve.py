@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Each setting is also an environment variable and a key of the settings file (docs/settings.md); secrets\n"
         "(API_KEY, REDIS_URL) have no flag.\n\n"
         "examples:\n  nanogpt serve\n  nanogpt serve log/model_40000.pt --port 8080\n"
+        "  nanogpt serve log/model_40000.pt --compare-checkpoint log/model_30000.pt\n"
         "  API_KEY=secret nanogpt serve log/ --host 0.0.0.0"
     )
     parser.add_argument(

@@ -5,7 +5,8 @@ from the sockets and wakes those who wait; requests are sent by the threads that
 checkpoint: what a worker has to know of the model, the engine's first message says.
 
 New requests go to the engine that the supervisor names (*published* here once it has said hello: until then the one
-before goes on). Links to former engines stay for as long as those live: their requests end on them.
+before goes on). Links to former engines stay for as long as those live: their requests end on them. A client is of one
+role: where a server has a second model, that has a client of its own.
 
     with client.submit(request) as generation:      # raises at once what cannot be; leaving the block aborts the rest
         for event in generation:                    # Tokens …, then one Finished
@@ -29,6 +30,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from nanogpt.engine import wire
+from nanogpt.engine.history import Role
 from nanogpt.engine.launch import connect, ensure_supervisor, reap
 from nanogpt.engine.link import EngineLink
 from nanogpt.engine.link import Events as Events
@@ -80,8 +82,9 @@ class Reply:
 class EngineClient:
     """This process's connection to the supervisor and the engine. Without a supervisor the first need starts one."""
 
-    def __init__(self, settings: Settings, *, engine_argv: tuple[str, ...] | None = None) -> None:
+    def __init__(self, settings: Settings, *, role: Role = "main", engine_argv: tuple[str, ...] | None = None) -> None:
         self._settings = settings
+        self._role = role
         self._argv: dict[str, Any] = {} if engine_argv is None else {"engine_argv": engine_argv}
         self._changed = threading.Condition()
         self._status = EngineStatus(reason="The engine is starting.")
@@ -201,7 +204,8 @@ class EngineClient:
             if self._control is not None:
                 number = next(self._numbers)
                 self._replies[number] = reply
-                line = json.dumps({"id": number, "command": name, **fields}, ensure_ascii=False) + "\n"
+                command = {"id": number, "command": name, "role": self._role, **fields}
+                line = json.dumps(command, ensure_ascii=False) + "\n"
                 with contextlib.suppress(OSError):  # the reading thread sees the end, and answers
                     self._control.sendall(line.encode("utf-8", "surrogateescape"))
                 return reply
@@ -289,7 +293,7 @@ class EngineClient:
                     reply = self._replies.pop(values["reply"])
                 reply.put(values)
             else:
-                self._supervised = values
+                self._supervised = values if self._role == "main" else values[self._role]
                 self._choose()
 
     def _choose(self) -> None:

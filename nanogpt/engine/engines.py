@@ -1,4 +1,7 @@
-"""The engine processes of one supervisor: the one that serves, and those that come and go when the model changes.
+"""The engine processes of one role: the one that serves, and those that come and go when the model changes.
+
+A supervisor has one such object for the model that everybody gets and, where there is a second one to compare it with,
+another for that. Neither knows of the other.
 
 - ``current`` serves. When it dies it is started again with its own checkpoint: at once the first time, then with a
   growing pause of up to 30 s.
@@ -22,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.engine.child import EngineChild
-from nanogpt.engine.history import Entry, History
+from nanogpt.engine.history import Entry, History, Role
 from nanogpt.engine.messages import EngineState
 from nanogpt.engine.wire import error_to_wire, read_error
 from nanogpt.errors import EngineDraining, NanoGPTError, ReloadConflict, ReloadFailed
@@ -55,16 +58,20 @@ class Engines:
         settings: dict[str, Any],
         engine_argv: list[str],
         changed: Callable[[], None],
+        role: Role = "main",
     ) -> None:
         self._selector = selector
         self._run_dir = run_dir
         self._settings = settings
         self._engine_argv = engine_argv
         self._changed = changed
+        # Where memory runs out, a model that is only compared with goes before the one that everybody gets.
+        self._expendable = role == "compare"
+        self._socket_name = "engine" if role == "main" else role
         self.state: EngineState = "loading"
         self.reason = ""
         self.num_restarts = 0
-        self.history = History()
+        self.history = History(role)
         self.current: Entry = self.history.add(settings["model_checkpoint"], "start")
         self.previous: Entry | None = None
         self._engine: EngineChild | None = None
@@ -100,6 +107,7 @@ class Engines:
         settings = {**self._settings, "model_checkpoint": self.current.source}
         try:
             self._engine = self._spawn(self.current, settings, None)
+            self._engine.set_expendable(self._expendable)
         except OSError as error:
             self._start_again(f"The engine process cannot be started: {error.strerror}.", was_ready=False)
             return
@@ -265,13 +273,14 @@ class Engines:
                 self._standby = former
             else:
                 self._retire(former)
-        child.set_expendable(False)
+        child.set_expendable(self._expendable)
         child.entry.set("serving")
         logger.info("%s (weights %.12s) serves new requests now.", child.entry.what, child.entry.digest)
         self._publish("ready", "")
 
     def _retire(self, child: EngineChild) -> None:
-        child.entry.set("retired")
+        if child.ready:  # one that never came up has failed, and its entry says why
+            child.entry.set("retired")
         child.retire_at = time.monotonic() + (_LINGER_S if child.ready else 0.0)
         self._ending.append(child)
 
@@ -290,7 +299,7 @@ class Engines:
         """Raises: OSError."""
         self._num_started += 1
         # A socket of its own for each, so that two can live side by side.
-        path = self._run_dir / f"engine-{self._num_started}.sock"
+        path = self._run_dir / f"{self._socket_name}-{self._num_started}.sock"
         child = EngineChild(self._engine_argv, settings, path, entry, loss_gate=loss_gate)
         self._selector.register(child.status_fd, selectors.EVENT_READ, self)
         logger.debug("The engine starts as process %d.", child.pid)

@@ -12,6 +12,8 @@ from datetime import datetime, timezone
 from typing import Any, Literal
 
 ModelState = Literal["loading", "serving", "standby", "retired", "failed"]
+Role = Literal["main", "compare"]
+"""``main``: the model that everybody gets. ``compare``: the second one, which requests have to name."""
 
 _MAX_ENTRIES = 100
 # A reason is for a person to read.
@@ -30,6 +32,7 @@ class Entry:
     reason: str = ""
     model: dict[str, Any] = field(default_factory=dict)
     """``name``, ``path``, ``digest`` and ``card``, once an engine has loaded it."""
+    role: Role = "main"
 
     @property
     def digest(self) -> str:
@@ -54,6 +57,7 @@ class Entry:
             "name": self.model.get("name"),
             "path": self.model.get("path") or self.checkpoint,
             "digest": self.model.get("digest"),
+            "role": self.role,
             "who": self.who,
             "at": datetime.fromtimestamp(self.at, timezone.utc).isoformat(timespec="seconds"),
             "state": self.state,
@@ -64,11 +68,12 @@ class Entry:
 class History:
     """The entries, newest last."""
 
-    def __init__(self) -> None:
+    def __init__(self, role: Role = "main") -> None:
+        self._role = role
         self._entries: list[Entry] = []
 
     def add(self, checkpoint: str, who: str, model: dict[str, Any] | None = None) -> Entry:
-        entry = Entry(checkpoint, who, model=model or {})
+        entry = Entry(checkpoint, who, model=model or {}, role=self._role)
         self._entries.append(entry)
         if len(self._entries) > _MAX_ENTRIES:
             self._entries.remove(next(old for old in self._entries if old.state in ("retired", "failed")))

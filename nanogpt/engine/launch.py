@@ -28,7 +28,7 @@ from nanogpt.errors import EngineLoading, SettingsError
 from nanogpt.settings import Settings
 
 ENGINE_ARGV = (sys.executable, "-m", "nanogpt.engine.process")
-# The kernel's limit for the path of a Unix socket is 107 bytes (103 on macOS); ours end in /engine-<n>.sock.
+# The kernel's limit for the path of a Unix socket is 107 bytes (103 on macOS); ours end in /compare-<n>.sock.
 _MAX_RUN_DIR_BYTES = 80
 
 

@@ -1,18 +1,19 @@
 """The supervisor process: ``python -m nanogpt.engine.supervisor``. It owns the engines' lives, and the host's
 counters (``ledger``); nothing else.
 
-
 Light on purpose (no NumPy, no Flask), so that it outlives whatever kills an engine. One thread, one ``select``:
 
-- Its ``Engines`` start engine processes, start them again when they die, change the model, and end them.
+- Its ``Engines`` start engine processes, start them again when they die, change the model, and end them. With the
+  setting ``compare_checkpoint`` there are two of them, for two models that live and change apart from each other.
 - It lives as long as one of its *owners* does (the HTTP server's arbiter, or whoever started it), however they die.
 - Whoever connects to ``control.sock`` is told the state, now and at every change: one JSON object a line with
   ``state`` (``loading``, ``ready``, ``draining``, ``unhealthy``), ``reason``, ``restarts`` and ``engine``, the path of
-  the current engine's socket while it is ready.
+  the current engine's socket while it is ready. ``compare`` holds the same for the second model; null without one.
 - A client may send commands, one JSON object a line: ``{"owner": pid}``, or one with an id, which gets one reply:
 
       {"id": 7, "command": "reload", "checkpoint": …, "who": …, "loss_gate": {"text": …, "max_loss": …} or null}
       {"id": 8, "command": "rollback"}     {"id": 9, "command": "models"}
+      {"id": 10, "command": "reload", "role": "compare", …}        (of the second model; without a role: of the first)
       {"reply": 7, "model": {…}, …}        {"reply": 8, "error": {…}}
 
 Started by ``launch.py`` with one line of JSON on standard input; answers ``{"pid": …}`` on standard output once it
@@ -39,6 +40,7 @@ from typing import Any
 from nanogpt import logs
 from nanogpt.engine.engines import Engines
 from nanogpt.engine.follow import Follower
+from nanogpt.engine.history import Role
 from nanogpt.engine.ledger import Ledger
 from nanogpt.engine.owners import Owners, is_alive
 
@@ -59,6 +61,11 @@ class Supervisor:
         self._must_drain = False
         self.owners = Owners(self._selector)
         self.engines = Engines(self._selector, run_dir, settings, engine_argv, self._tell_all)
+        self.roles: dict[Role, Engines] = {"main": self.engines}
+        if settings["compare_checkpoint"]:
+            # Nobody rolls back what is only compared with: a former one need not stay in memory.
+            others = {**settings, "model_checkpoint": settings["compare_checkpoint"], "standby": False}
+            self.roles["compare"] = Engines(self._selector, run_dir, others, engine_argv, self._tell_all, "compare")
         self._follower = Follower(self.engines, settings) if settings["follow"] else None
         self.ledger = Ledger(self._selector, run_dir)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -81,17 +88,19 @@ class Supervisor:
         """Until drained, or until the last owner is gone."""
         if self._follower is not None:
             self._follower.begin()
-        self.engines.start()
+        for engines in self.roles.values():
+            engines.start()
         try:
             while True:
                 self._take_in()
-                if self._must_drain:
-                    self.engines.drain()
-                self.engines.tick()
+                for engines in self.roles.values():
+                    if self._must_drain:
+                        engines.drain()
+                    engines.tick()
                 if self.owners.all_gone():
                     logger.info("The server that this engine belongs to is gone: the engine ends.")
                     return
-                if self.engines.state == "draining" and self.engines.all_ended:
+                if self.engines.state == "draining" and all(engines.all_ended for engines in self.roles.values()):
                     return
                 if self._follower is not None:
                     self._follower.tick()
@@ -102,7 +111,8 @@ class Supervisor:
         self._must_drain = True
 
     def _take_in(self) -> None:
-        times = [self.engines.next_at(), self._follower.next_at if self._follower is not None else None]
+        times = [engines.next_at() for engines in self.roles.values()]
+        times.append(self._follower.next_at if self._follower is not None else None)
         until = min((at for at in times if at is not None), default=None)
         timeout = max(0.0, until - time.monotonic()) if until is not None else None
         if self.owners.must_poll:
@@ -115,8 +125,8 @@ class Supervisor:
                     self._wake_in.recv(4096)
             elif key.data is self.owners:
                 self.owners.on_readable(key.fd)
-            elif key.data is self.engines:
-                self.engines.on_readable(key.fd)
+            elif isinstance(key.data, Engines):
+                key.data.on_readable(key.fd)
             elif key.data is self.ledger:
                 self.ledger.on_readable(key.fileobj)
             elif isinstance(key.fileobj, socket.socket):
@@ -133,7 +143,9 @@ class Supervisor:
             self._tell(client, line)
 
     def _state_line(self) -> bytes:
-        return json.dumps({**self.engines.describe(), "pid": os.getpid()}).encode() + b"\n"
+        other = self.roles.get("compare")
+        state = {**self.engines.describe(), "compare": other and other.describe(), "pid": os.getpid()}
+        return json.dumps(state).encode() + b"\n"
 
     def _accept(self) -> None:
         try:
@@ -187,18 +199,19 @@ class Supervisor:
         if "owner" in command:
             self.owners.add(int(command["owner"]))
             return
-        number, name = int(command["id"]), command["command"]
+        number, name, engines = int(command["id"]), command["command"], self.roles[command.get("role", "main")]
 
         def done(result: dict[str, Any]) -> None:
             if client in self._clients:  # it may have left meanwhile; what it asked for goes on
                 self._tell(client, json.dumps({"reply": number, **result}).encode() + b"\n")
 
         if name == "reload":
-            self.engines.reload(str(command["checkpoint"]), str(command["who"]), command.get("loss_gate"), done)
+            engines.reload(str(command["checkpoint"]), str(command["who"]), command.get("loss_gate"), done)
         elif name == "rollback":
-            self.engines.rollback(done)
+            engines.rollback(done)
         elif name == "models":
-            done({"models": self.engines.history.to_list()})
+            entries = [entry for each in self.roles.values() for entry in each.history.to_list()]
+            done({"models": sorted(entries, key=lambda entry: str(entry["at"]))})
         else:
             raise ValueError(f"the command {name!r}")
 
@@ -209,7 +222,8 @@ class Supervisor:
             client.close()
 
     def _close(self) -> None:
-        self.engines.close()
+        for engines in self.roles.values():
+            engines.close()
         for client in list(self._clients):
             self._drop(client)
         self.owners.close()

@@ -13,12 +13,13 @@ from flask import Blueprint, Response, request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nanogpt.engine.client import Reply
-from nanogpt.errors import EngineDraining, InvalidRequest, RequestTimeout
+from nanogpt.errors import EngineDraining, InvalidRequest, ReloadConflict, RequestTimeout
 from nanogpt.settings import Settings
 from nanogpt.web import process
 from nanogpt.web.answers import json_response
 from nanogpt.web.body import read_json_object
 from nanogpt.web.engine import EngineHandle
+from nanogpt.web.models import Models
 
 # A literal text goes to the new engine through a pipe.
 MAX_TEXT_CHARS = 10_000
@@ -51,6 +52,7 @@ class ReloadBody(BaseModel):
         description="A file or folder on the server."
     )
     loss_gate: LossGateBody | None = Field(None, description="A condition for the change.")
+    compare: bool = Field(False, description="Change the second model, and leave what everybody gets.")
 
 
 class EmptyBody(BaseModel):
@@ -59,7 +61,7 @@ class EmptyBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-def make_admin_routes(settings: Settings, engine: EngineHandle) -> Blueprint:
+def make_admin_routes(settings: Settings, models: Models) -> Blueprint:
     """The routes; whoever registers them checks the key."""
     routes = Blueprint("admin", __name__, url_prefix="/admin")
 
@@ -67,20 +69,28 @@ def make_admin_routes(settings: Settings, engine: EngineHandle) -> Blueprint:
     def reload() -> Response:
         body = _parse(ReloadBody, read_json_object(request, settings.max_body_bytes))
         gate = body.loss_gate.model_dump() if body.loss_gate is not None else None
-        return changed(engine.client.command("reload", checkpoint=body.checkpoint, loss_gate=gate, who="admin"))
+        engine = models.compare if body.compare else models.main
+        if engine is None:
+            raise ReloadConflict(
+                "This server has no second model.",
+                field="compare",
+                remedy="Start it with COMPARE_CHECKPOINT, or leave compare out.",
+            )
+        command = engine.client.command("reload", checkpoint=body.checkpoint, loss_gate=gate, who="admin")
+        return changed(command, engine)
 
     @routes.post("/rollback")
     def rollback() -> Response:
         if request.content_length or "Transfer-Encoding" in request.headers:
             _parse(EmptyBody, read_json_object(request, settings.max_body_bytes))
-        return changed(engine.client.command("rollback"))
+        return changed(models.main.client.command("rollback"), models.main)
 
     @routes.get("/models")
-    def models() -> Response:
-        answer = _wait(engine.client.command("models"), _GRACE_S)
+    def history() -> Response:
+        answer = _wait(models.main.client.command("models"), _GRACE_S)
         return json_response({"models": list(reversed(answer["models"]))})
 
-    def changed(reply: Reply) -> Response:
+    def changed(reply: Reply, engine: EngineHandle) -> Response:
         answer = _wait(reply, settings.reload_timeout_s + _GRACE_S)
         # Whoever asks this worker next gets the new model; the other workers switch in the same moment.
         until = time.monotonic() + _SWITCH_S

@@ -29,6 +29,7 @@ from nanogpt.web.errors import register_error_handlers
 from nanogpt.web.limits import GENERATING_ROUTES, Limiter
 from nanogpt.web.metrics import metrics
 from nanogpt.web.metrics_page import make_metrics_page
+from nanogpt.web.models import Models
 from nanogpt.web.openai.routes import make_openai_routes
 from nanogpt.web.playground_routes import make_playground_routes
 from nanogpt.web.rate_limit import parse_rate_limit
@@ -41,11 +42,15 @@ from nanogpt.web.shedding import LoadShedder
 
 
 def create_app(
-    settings: Settings | None = None, *, client: EngineClient | None = None, counters: Counters | None = None
+    settings: Settings | None = None,
+    *,
+    client: EngineClient | None = None,
+    compare_client: EngineClient | None = None,
+    counters: Counters | None = None,
 ) -> Flask:
     """The WSGI app. Without settings: those that gunicorn's arbiter checked, else this process's own.
 
-    ``client`` and ``counters`` stand for the engine and for the host's ledger.
+    ``client``, ``compare_client`` and ``counters`` stand for the engines and for the host's ledger.
 
     Raises: SettingsError.
     """
@@ -57,6 +62,7 @@ def create_app(
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.url_map.merge_slashes = False
     engine = EngineHandle(settings, client)
+    models = Models(engine, EngineHandle(settings, compare_client, "compare") if settings.compare_checkpoint else None)
     limiter = Limiter(settings, engine, counters)
     doorkeeper = Doorkeeper(settings.api_key, open_keys(settings), settings.admin_key)
     shedder = LoadShedder(settings, doorkeeper)
@@ -91,18 +97,18 @@ def create_app(
         return response
 
     register_error_handlers(app)
-    app.extensions["nanogpt"] = engine
+    app.extensions["nanogpt"] = models
     app.extensions["nanogpt.doorkeeper"] = doorkeeper
     metrics.configure(settings)
-    service = GenerationService(settings, engine, limiter, shedder)
+    service = GenerationService(settings, models, limiter, shedder)
     app.extensions["nanogpt.cache"] = service.cache.stats
     app.register_blueprint(make_routes(service))
     app.register_blueprint(make_openai_routes(service))
     app.register_blueprint(make_docs_routes(settings))
     app.register_blueprint(make_playground_routes(service))
-    app.register_blueprint(make_metrics_page(engine.state))
+    app.register_blueprint(make_metrics_page(models.states))
     if settings.admin_key:
-        app.register_blueprint(make_admin_routes(settings, engine))
+        app.register_blueprint(make_admin_routes(settings, models))
     shedder.learn_routes(app)
     app.extensions["nanogpt.shedder"] = shedder
     return app

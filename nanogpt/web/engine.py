@@ -1,4 +1,4 @@
-"""This worker process's way to the engine: one client, made by the first thread that needs it.
+"""This worker process's way to an engine: one client, made by the first thread that needs it.
 
 Made lazily and once a process: the app may be imported before gunicorn forks (``--preload``), and a client's thread
 and socket do not outlive a fork. Where nobody has started the engine (gunicorn without our configuration,
@@ -18,6 +18,7 @@ import msgpack
 
 from nanogpt._version import __version__
 from nanogpt.engine.client import EngineClient, EngineStatus, refusal
+from nanogpt.engine.history import Role
 from nanogpt.settings import Settings
 from nanogpt.tokenizer import tokenizer_from_spec
 from nanogpt.tokenizer.base import Tokenizer
@@ -32,6 +33,7 @@ class ServedModel:
 
     name: str
     tokenizer: Tokenizer
+    handle: EngineHandle = field(repr=False, compare=False)
     digest: str = ""
     engine: int | None = None
     """Whose model this is (``EngineStatus.link``): tokens of this tokenizer go to that engine and to no other."""
@@ -43,8 +45,9 @@ class ServedModel:
 class EngineHandle:
     """Hands out the process's client, and the model that it found. Safe to share between threads."""
 
-    def __init__(self, settings: Settings, client: EngineClient | None = None) -> None:
+    def __init__(self, settings: Settings, client: EngineClient | None = None, role: Role = "main") -> None:
         self._settings = settings
+        self._role = role
         self._lock = threading.Lock()
         self._client = client
         self._pid = os.getpid()
@@ -56,7 +59,7 @@ class EngineHandle:
         if self._client is None or self._pid != os.getpid():
             with self._lock:
                 if self._client is None or self._pid != os.getpid():
-                    client = EngineClient(self._settings)
+                    client = EngineClient(self._settings, role=self._role)
                     # An engine that is up says so at once: the first caller need not be told that it is loading.
                     client.wait_ready(_CONNECT_S)
                     self._client, self._pid = client, os.getpid()
@@ -83,6 +86,7 @@ class EngineHandle:
                     model = ServedModel(
                         status.model,
                         tokenizer,
+                        self,
                         status.digest or "",
                         status.link,
                         status.card or {},

@@ -85,7 +85,6 @@ class TextGeneration:
         self._client_gone = client_gone
         self._silence_s = silence_s
         self.cache = cache
-        self._last: Finished | None = None
         self._ended = False
         self._closed = False
         self._first_token_at = 0.0
@@ -96,7 +95,7 @@ class TextGeneration:
         self.logprobs: list[TokenLogprobs] = []
         """Of the tokens so far, where they were asked for."""
         self.finished: Finished | None = None
-        """The engine's own account, once it is there."""
+        """The engine's own account, once it is there: then all of the text is."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -169,7 +168,7 @@ class TextGeneration:
     @property
     def complete(self) -> bool:
         """Whether all of the text is there: the next ``advance`` makes the outcome."""
-        return self._last is not None or self._text.stopped
+        return self.finished is not None or self._text.stopped
 
     def _take(self, event: Tokens | Finished, now: float) -> str:
         """The text that this event adds."""
@@ -184,12 +183,11 @@ class TextGeneration:
         self._ended = True
         self.finished = event
         if event.reason == "error" and (event.error or "").startswith(GRAMMAR):
-            raise InvalidRequest(f"The text cannot go on by its {event.error}", field="response_format")
+            raise InvalidRequest(f"The text cannot go on by its {event.error}", field="grammar")
         if event.reason == "error":
             raise EngineDied("The engine failed while it worked on this request.", remedy="Send the request again.")
         if event.error == TIMEOUT and not self._text.num_tokens:
             raise RequestTimeout("The server did not come to this request in time.", remedy="Send it again later.")
-        self._last = event
         return self._text.finish()
 
     def close(self) -> None:
@@ -216,13 +214,12 @@ class TextGeneration:
         return None
 
     def _finish(self) -> None:
-        if self._last is None:  # a stop text ended it: the engine has to be told
+        if self.finished is None:  # a stop text ended it: the engine has to be told
             self._generation.abort("stop")
-            self._last = self._last_event()
-        finished = self._last
+            self.finished = self._last_event()
+        finished = self.finished
         reason = "stop" if self._text.stopped or finished is None else finished.reason
         self._ended = True
-        self.finished = finished
         now = time.monotonic()
         self.outcome = Outcome(
             text=self._text.text,

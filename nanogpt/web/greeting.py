@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from nanogpt.engine.client import EngineStatus
 from nanogpt.settings import Settings
 from nanogpt.web.rate_limit import describe, parse_rate_limit
 
 
-def greeting(settings: Settings, status: EngineStatus, urls: list[str]) -> Iterator[str]:
-    """A few lines for the log."""
+def greeting(settings: Settings, states: Sequence[EngineStatus], urls: list[str]) -> Iterator[str]:
+    """A few lines for the log. ``states``: how the engines are, the default model's first."""
     url = urls[0]
-    if status.card is None:
+    if states[0].card is None:
         yield f"Loading {settings.model_checkpoint or 'the embedded model'}; {url}/ready says when it is served."
     else:
-        card = status.card
-        what = f"{card['family']}, {_count(card['parameters'])} parameters, context {card['block_size']}"
-        how = f"{status.device}, {status.runner} runner, {status.precision}"
-        yield f"Serving {status.model} ({what}, tokenizer {card['tokenizer']}) on {how}."
+        yield f"Serving {_model(states[0], states[0].card)}."
+    for other in states[1:]:
+        what = settings.compare_checkpoint if other.card is None else _model(other, other.card)
+        yield f'To compare with, for requests with "model": "compare": {what}.'
     is_closed = bool(settings.api_key or settings.keys_file)
     to_whom = "to those who have the API key" if is_closed else "to everybody who reaches it (API_KEY is not set)"
     yield f"Open at {' and '.join(urls)} {to_whom}."
@@ -33,6 +34,12 @@ def greeting(settings: Settings, status: EngineStatus, urls: list[str]) -> Itera
         yield f"Rate limit: {describe(rules)} for each client on the generating routes, counted {where}."
     else:
         yield "Rate limit: none (RATE_LIMIT is off)."
+
+
+def _model(status: EngineStatus, card: Mapping[str, Any]) -> str:
+    what = f"{card['family']}, {_count(card['parameters'])} parameters, context {card['block_size']}"
+    how = f"{status.device}, {status.runner} runner, {status.precision}"
+    return f"{status.model} ({what}, tokenizer {card['tokenizer']}) on {how}"
 
 
 def _count(number: int) -> str:

@@ -60,6 +60,9 @@ class Health(Answer):
     model_loaded: bool
     device: str | None
     reason: str | None = Field(None, description="Where it is not healthy.")
+    compare: Literal["healthy", "loading", "draining", "unhealthy"] | None = Field(
+        None, description="How the second model is, where there is one."
+    )
 
 
 class Ready(Answer):

@@ -30,6 +30,7 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker
 
 from nanogpt.engine.client import EngineClient, EngineStatus
+from nanogpt.engine.history import Role
 from nanogpt.engine.launch import Handle, start_supervisor
 from nanogpt.errors import NanoGPTError
 from nanogpt.settings import Settings
@@ -65,9 +66,9 @@ _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 # server as a whole is not going down.
 _num_reloads = mmap.mmap(-1, 1)
 
-# In the arbiter: the engine's supervisor, and how the engine was when the server started.
+# In the arbiter: the engines' supervisor, and how they were when the server started, the default model's first.
 _supervisor: Handle | None = None
-_status = EngineStatus()
+_states = [EngineStatus()]
 
 
 def load_settings(load: Callable[[], Settings] = Settings.load) -> Settings:
@@ -140,20 +141,21 @@ def on_starting(arbiter: Arbiter) -> None:
     _check_addresses(arbiter)
     try:
         _supervisor = start_supervisor(settings, os.getpid())
-        status = _wait_for_engine(settings)
+        _wait_for_engines(settings)
     except NanoGPTError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-    if status.state == "unhealthy":
-        _supervisor.stop(timeout_s=5.0)
-        _fail(status.reason, 2)
+    for status in _states:
+        if status.state == "unhealthy":
+            _supervisor.stop(timeout_s=5.0)
+            _fail(status.reason, 2)
 
 
 def when_ready(arbiter: Arbiter) -> None:
     settings = process.settings or Settings()
     addresses = [listener.getsockname() for listener in arbiter.LISTENERS]
-    lines = greeting(settings, _status, [_url(address) for address in addresses])
+    lines = greeting(settings, _states, [_url(address) for address in addresses])
     for line in [*lines, *exposure_lines(create_app(settings))]:
         log.info("%s", line)
     beyond = [_url(address) for address in addresses if not _is_loopback(address)]
@@ -171,15 +173,17 @@ def on_exit(arbiter: Arbiter) -> None:
         _supervisor.stop(timeout_s=5.0)
 
 
-def _wait_for_engine(settings: Settings) -> EngineStatus:
-    """How the engine is once it has loaded the model or failed to; after some seconds the server starts regardless."""
-    global _status
-    client = EngineClient(settings)
-    try:
-        _status = client.wait_ready(_WAIT_FOR_ENGINE_S)
-    finally:
-        client.close()  # its thread must not be there when the arbiter forks
-    return _status
+def _wait_for_engines(settings: Settings) -> None:
+    """Note how each is once it has loaded its model or failed to; after some seconds the server starts regardless."""
+    roles: list[Role] = ["main", "compare"] if settings.compare_checkpoint else ["main"]
+    until = time.monotonic() + _WAIT_FOR_ENGINE_S
+    _states.clear()
+    for role in roles:
+        client = EngineClient(settings, role=role)
+        try:
+            _states.append(client.wait_ready(max(0.0, until - time.monotonic())))
+        finally:
+            client.close()  # its thread must not be there when the arbiter forks
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
@@ -250,14 +254,14 @@ def post_worker_init(worker: Worker) -> None:
     signal.signal(signal.SIGTERM, on_term)
     signal.siginterrupt(signal.SIGTERM, False)
     parts = getattr(worker.wsgi, "extensions", {})  # none where the app is wrapped in somebody's middleware
-    engine = parts.get("nanogpt")
+    models = parts.get("nanogpt")
     worker.shedder = parts.get("nanogpt.shedder")
     # A handler that raises while a thread is being started (Ctrl-C) leaves that thread's locks in disorder. The thread
     # inherits the mask, so from then on signals come to the main thread, which is where they are handled.
     held = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     try:
-        if engine is not None:
-            engine.state()
+        if models is not None:
+            models.states()
         metrics.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)

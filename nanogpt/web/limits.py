@@ -41,7 +41,7 @@ _NOTHING: Callable[[int], None] = lambda used: None  # noqa: E731
 
 
 class Limiter:
-    """Counts, and refuses. ``redis_ok`` and ``num_redis_failures`` tell how Redis does."""
+    """Counts, and refuses. ``redis_ok`` tells how Redis does; its failures are counted by ``metrics``."""
 
     def __init__(self, settings: Settings, engine: EngineHandle, counters: Counters | None = None) -> None:
         """``counters`` stand for the host's ledger where there is none. Raises: SettingsError, MissingDependency."""
@@ -53,8 +53,6 @@ class Limiter:
         self._breaker = Breaker(
             "Redis does not count; this host counts for itself until it is back", "Redis counts again."
         )
-        self._lock = threading.Lock()
-        self.num_redis_failures = 0
 
     @property
     def redis_ok(self) -> bool | None:
@@ -143,8 +141,6 @@ class Limiter:
         try:
             taken = redis.take(client, rules, amount, hold=hold, hold_s=hold_s)
         except RedisUnavailable as error:
-            with self._lock:
-                self.num_redis_failures += 1
             self._breaker.failed(str(error))
             return None
         self._breaker.succeeded(since)

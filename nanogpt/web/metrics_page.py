@@ -6,7 +6,7 @@ common (``metrics``). The nouns are those of vLLM's metrics; docs/metrics.md lis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from flask import Blueprint, Response, request
@@ -48,25 +48,27 @@ _HISTOGRAMS = (
 )
 
 
-def make_metrics_page(state: Callable[[], EngineStatus]) -> Blueprint:
-    """The route. ``state`` tells how the engine is, without waiting."""
+def make_metrics_page(states: Callable[[], Sequence[EngineStatus]]) -> Blueprint:
+    """The route. ``states`` tells how the engines are, without waiting: that of the default model first."""
     page = Blueprint("metrics", __name__)
 
     @page.get("/metrics")
     def show() -> Response:
-        return render(state(), request.headers.get("Accept", ""))
+        return render(states(), request.headers.get("Accept", ""))
 
     return page
 
 
-def render(status: EngineStatus, accept: str) -> Response:
+def render(states: Sequence[EngineStatus], accept: str) -> Response:
     from prometheus_client import CollectorRegistry, exposition
 
     class Page:
         def collect(self) -> Iterator[Any]:
-            yield from _about(status)
-            if status.stats:
-                yield from _engine(status.stats, status.model or "")
+            yield from _about(states[0])
+            yield from _models(states)
+            if len(states) > 1:
+                yield from _compared(states[1])
+            yield from _engines([status for status in states if status.stats])
             yield from metrics.collect()
 
     try:
@@ -88,14 +90,6 @@ def _about(status: EngineStatus) -> Iterable[Any]:
     )
     build.add_metric([__version__, status.runner or "", status.device or "", status.precision or ""], 1)
     yield build
-    if status.model is not None:
-        model = GaugeMetricFamily(
-            "nanogpt_model_info",
-            "The model that is served: its name, the digest of its weights, its family. Always 1.",
-            labels=["model_name", "digest", "family"],
-        )
-        model.add_metric([status.model, status.digest or "", str((status.card or {}).get("family", ""))], 1)
-        yield model
     yield GaugeMetricFamily(
         "nanogpt_engine_ready", "Whether the engine takes requests.", value=float(status.state == "ready")
     )
@@ -104,43 +98,82 @@ def _about(status: EngineStatus) -> Iterable[Any]:
     )
 
 
-def _engine(stats: dict[str, Any], model: str) -> Iterator[Any]:
+def _models(states: Sequence[EngineStatus]) -> Iterator[Any]:
+    from prometheus_client.core import GaugeMetricFamily
+
+    info = GaugeMetricFamily(
+        "nanogpt_model_info",
+        "The models that are served: name, digest of the weights, family. Always 1.",
+        labels=["model_name", "digest", "family"],
+    )
+    for status in states:
+        if status.model is not None:
+            info.add_metric([status.model, status.digest or "", str((status.card or {}).get("family", ""))], 1)
+    if info.samples:
+        yield info
+
+
+def _compared(status: EngineStatus) -> Iterator[Any]:
+    """Of the second model's engine; the names without ``compare`` are what alerts watch."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    yield GaugeMetricFamily(
+        "nanogpt_compare_engine_ready",
+        "Whether the engine of the model to compare with takes requests.",
+        value=float(status.state == "ready"),
+    )
+    yield CounterMetricFamily(
+        "nanogpt_compare_engine_restarts", "How often that engine was started again.", value=float(status.restarts)
+    )
+
+
+def _engines(states: Sequence[EngineStatus]) -> Iterator[Any]:
+    """What each engine counts, under its model's name."""
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
+    if not states:
+        return
+    engines = [(status.model or "", status.stats) for status in states]
     for name, text, field in _GAUGES:
         gauge = GaugeMetricFamily(f"nanogpt_{name}", text, labels=["model_name"])
-        gauge.add_metric([model], stats[field])
+        for model, stats in engines:
+            gauge.add_metric([model], stats[field])
         yield gauge
     slots = GaugeMetricFamily("nanogpt_kv_cache_slots", "Slots by what they hold now.", labels=["model_name", "state"])
-    running, cached = stats["num_slots_running"], stats["num_slots_cached"]
-    for state, value in (("running", running), ("cached", cached), ("free", stats["num_slots"] - running - cached)):
-        slots.add_metric([model, state], value)
+    for model, stats in engines:
+        running, cached = stats["num_slots_running"], stats["num_slots_cached"]
+        for state, value in (("running", running), ("cached", cached), ("free", stats["num_slots"] - running - cached)):
+            slots.add_metric([model, state], value)
     yield slots
     usage = GaugeMetricFamily(
         "nanogpt_kv_cache_usage_ratio",
         "Slots that running sequences own, of all (0 to 1). Kept ones count as free: they make room.",
         labels=["model_name"],
     )
-    usage.add_metric([model], running / max(1, stats["num_slots"]))
+    for model, stats in engines:
+        usage.add_metric([model], stats["num_slots_running"] / max(1, stats["num_slots"]))
     yield usage
     finished = CounterMetricFamily(
         "nanogpt_requests_finished",
         "Sequences that ended, by their finish_reason; aborted are those that nobody waited for or that took too long.",
         labels=["model_name", "finished_reason"],
     )
-    for reason, value in stats["finished"].items():
-        finished.add_metric([model, reason], value)
+    for model, stats in engines:
+        for reason, value in stats["finished"].items():
+            finished.add_metric([model, reason], value)
     yield finished
     for name, text, field in _COUNTERS:
         counter = CounterMetricFamily(f"nanogpt_{name}", text, labels=["model_name"])
-        counter.add_metric([model], stats[field])
+        for model, stats in engines:
+            counter.add_metric([model], stats[field])
         yield counter
     for name, text, field in _HISTOGRAMS:
-        *counts, total = stats[field]
-        buckets, so_far = [], 0
-        for bound, count in zip([*BOUNDS[field], float("inf")], counts, strict=True):
-            so_far += count
-            buckets.append(("+Inf" if bound == float("inf") else str(float(bound)), so_far))
         histogram = HistogramMetricFamily(f"nanogpt_{name}", text, labels=["model_name"])
-        histogram.add_metric([model], buckets, total)
+        for model, stats in engines:
+            *counts, total = stats[field]
+            buckets, so_far = [], 0
+            for bound, count in zip([*BOUNDS[field], float("inf")], counts, strict=True):
+                so_far += count
+                buckets.append(("+Inf" if bound == float("inf") else str(float(bound)), so_far))
+            histogram.add_metric([model], buckets, total)
         yield histogram

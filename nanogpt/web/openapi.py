@@ -75,10 +75,12 @@ def _schemas(operations: Iterable[Operation]) -> dict[str, Any]:
 def _operation(operation: Operation) -> dict[str, Any]:
     name = re.sub(r"\W+", "_", f"{operation.method.lower()}{operation.path}").strip("_")
     described: dict[str, Any] = {"operationId": name, "summary": operation.summary}
-    if operation.parameters:
+    parameters = [("path", True, *each) for each in operation.parameters]
+    parameters += [("query", False, *each) for each in operation.query]
+    if parameters:
         described["parameters"] = [
-            {"name": name, "in": "path", "required": True, "description": text, "schema": {"type": "string"}}
-            for name, text in operation.parameters
+            {"name": name, "in": where, "required": required, "description": text, "schema": {"type": "string"}}
+            for where, required, name, text in parameters
         ]
     if operation.body is not None:
         content: dict[str, Any] = {"schema": _ref(operation.body)}

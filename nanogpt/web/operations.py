@@ -45,7 +45,7 @@ _GENERATES = (400, 401, 404, 413, 415, 429, 500, 503, 504)
 class Operation:
     """``path`` as OpenAPI writes it. ``refusals`` are keys of REFUSALS; ``answers`` maps other statuses, as 503 of
     /health, to the same form as 200. ``answer`` None: not JSON, but ``media``. ``page``: who
-    accepts HTML gets that instead."""
+    accepts HTML gets that instead. ``parameters`` are parts of the path, those of ``query`` may be left out."""
 
     method: str
     path: str
@@ -58,6 +58,7 @@ class Operation:
     also: tuple[int, ...] = ()
     media: str = "application/json"
     parameters: tuple[tuple[str, str], ...] = ()
+    query: tuple[tuple[str, str], ...] = ()
     page: bool = False
 
     @property
@@ -65,6 +66,7 @@ class Operation:
         return self.path.startswith("/v1/")
 
 
+_WHICH = (("model", "The name of a served model, or default."),)
 _SAY = "Once upon a time"
 OPERATIONS = (
     Operation(
@@ -72,7 +74,7 @@ OPERATIONS = (
         "/generate",
         "Continue a text.",
         GenerateAnswer,
-        tuple(status for status in _GENERATES if status != 404),
+        _GENERATES,
         GenerateBody,
         {"prompt": _SAY, "max_length": 100},
         streams=True,
@@ -99,11 +101,11 @@ OPERATIONS = (
         {"messages": [{"role": "user", "content": "Who are you?"}], "max_completion_tokens": 30},
         streams=True,
     ),
-    Operation("GET", "/v1/models", "The model that is served.", ModelList, (*_CLOSED, 503)),
+    Operation("GET", "/v1/models", "The models that are served, the default first.", ModelList, (*_CLOSED, 503)),
     Operation(
         "GET",
         "/v1/models/{name}",
-        "The model, by its name.",
+        "A served model, by its name.",
         ModelObject,
         (*_CLOSED, 404, 503),
         parameters=(("name", "The model's name, or default."),),
@@ -112,8 +114,17 @@ OPERATIONS = (
     Operation(
         "POST", "/detokenize", "Tokens as a text.", DetokenizeAnswer, _TOKENIZER, DetokenizeBody, {"tokens": [1, 2, 3]}
     ),
-    Operation("GET", "/tokenizer_info", "What tokenizer the model has.", TokenizerInfo, (*_CLOSED, 503)),
-    Operation("GET", "/model_info", "What the served model is, and how it runs.", ModelInfo, (*_CLOSED, 503)),
+    Operation(
+        "GET", "/tokenizer_info", "What tokenizer the model has.", TokenizerInfo, (*_CLOSED, 404, 503), query=_WHICH
+    ),
+    Operation(
+        "GET",
+        "/model_info",
+        "What the served model is, and how it runs.",
+        ModelInfo,
+        (*_CLOSED, 404, 503),
+        query=_WHICH,
+    ),
     Operation("GET", "/metrics", "The server's numbers, for Prometheus.", None, (401, 500), media="text/plain"),
     Operation("GET", "/openapi.json", "The API's description, as OpenAPI 3.1.", None),
     Operation("GET", "/docs", "The API's description, as a page to read.", None, media="text/html"),

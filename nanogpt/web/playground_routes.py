@@ -17,6 +17,8 @@ from flask import Blueprint, Request, Response, request
 from nanogpt._version import __version__
 from nanogpt.errors import NotFound
 from nanogpt.web.answers import json_response
+from nanogpt.web.engine import ServedModel
+from nanogpt.web.models import DEFAULT
 from nanogpt.web.service import GenerationService
 
 # The folder's name holds a digest of all files, so that they may be kept for ever and never mix with those of another
@@ -84,17 +86,17 @@ def make_playground_routes(service: GenerationService) -> Blueprint:
     @routes.get("/model_info")
     def model_info() -> Response:
         with service.place():  # a model that is loading is waited for
-            model = service.model()
-        return json_response(describe_model(model.name, model.digest, model.card, service))
+            model = service.model(request.args.get("model", DEFAULT))
+        return json_response(describe_model(model))
 
     return routes
 
 
-def describe_model(name: str, digest: str, card: Any, service: GenerationService) -> dict[str, Any]:
+def describe_model(model: ServedModel) -> dict[str, Any]:
     """The part of the model's card that is no path of this host, and how the engine runs it."""
-    now = service.engine.state()
+    now, card = model.handle.state(), model.card
     return {
-        "name": name,
+        "name": model.name,
         "family": card.get("family"),
         "parameters": card.get("parameters"),
         "context": card.get("block_size") or now.block_size,
@@ -109,7 +111,7 @@ def describe_model(name: str, digest: str, card: Any, service: GenerationService
         "device": now.device,
         "precision": now.precision,
         "runner": now.runner,
-        "digest": digest or None,
+        "digest": model.digest or None,
     }
 
 

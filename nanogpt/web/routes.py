@@ -8,6 +8,7 @@ from typing import Any
 
 from flask import Blueprint, Response, g, request
 
+from nanogpt.engine.client import EngineStatus
 from nanogpt.web import process
 from nanogpt.web.answers import json_response
 from nanogpt.web.body import read_json_object
@@ -22,14 +23,14 @@ from nanogpt.web.token_logprobs import plain_logprobs
 def make_routes(service: GenerationService) -> Blueprint:
     """The guide's API on this engine."""
     routes = Blueprint("guide", __name__)
-    settings, engine = service.settings, service.engine
+    settings, models = service.settings, service.models
 
     @routes.post("/generate")
     def generate() -> Response:
         body = GenerateBody.parse(read_json_object(request, settings.max_body_bytes), settings)
         with ExitStack() as held:
             held.enter_context(service.place())
-            model = service.model()
+            model = service.model(body.model)
             text = service.start(model, model.tokenizer.encode(body.prompt), body.sampling_params(), cache=body.cache)
             held.enter_context(closing(text))
             if body.stream:
@@ -46,6 +47,8 @@ def make_routes(service: GenerationService) -> Blueprint:
         body: dict[str, Any] = {"status": status, "model_loaded": status == "healthy", "device": device}
         if reason:
             body["reason"] = reason
+        if models.compare is not None:  # of interest, but not what this server is there for: the status is the first's
+            body["compare"] = _word(models.compare.state())
         return json_response(body, 200 if status == "healthy" else 503)
 
     @routes.get("/ready")
@@ -58,13 +61,18 @@ def make_routes(service: GenerationService) -> Blueprint:
 
     def engine_status() -> tuple[str, str | None, str | None]:
         """The guide's word for the state, the device, and the reason where it is not healthy."""
-        now = engine.state()
-        status = "healthy" if now.state == "ready" else now.state
+        now = models.main.state()
+        status = _word(now)
         if process.is_draining():
             status = "draining"
         return status, now.device or None, now.reason or None if status != "healthy" else None
 
     return routes
+
+
+def _word(status: EngineStatus) -> str:
+    """The guide's word for the state."""
+    return "healthy" if status.state == "ready" else status.state
 
 
 def generate_answer(body: GenerateBody, text: TextGeneration, model: ServedModel, outcome: Outcome) -> dict[str, Any]:

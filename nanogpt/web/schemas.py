@@ -66,6 +66,7 @@ class GenerateBody(Fields):
         le=MAX_LOGPROBS,
         description="Report each token with its log probability, and with so many of the most probable ones.",
     )
+    model: str = Field("default", max_length=1000, description="The name of a served model, or default.")
     stream: bool = Field(False, description="Answer with server-sent events.")
     cache: bool = Field(True, description="Whether an identical answer that is there already may be used.")
 

@@ -1,4 +1,4 @@
-"""What every generating route does between its schema and its answer: a place, the model, the engine, a text.
+"""What every generating route does between its schema and its answer: a place, the model, its engine, a text.
 
 Knows no route and no wire format. One a process, shared by its threads.
 """
@@ -19,22 +19,23 @@ from nanogpt.settings import Settings
 from nanogpt.web.cache import BYPASS, ResponseCache
 from nanogpt.web.caller import Caller
 from nanogpt.web.connection import make_client_gone
-from nanogpt.web.engine import EngineHandle, ServedModel
+from nanogpt.web.engine import ServedModel
 from nanogpt.web.flights import Flights, Source
 from nanogpt.web.generation import TextGeneration
 from nanogpt.web.group import TextGroup
 from nanogpt.web.limits import Limiter
 from nanogpt.web.metrics import metrics
+from nanogpt.web.models import Models
 from nanogpt.web.request_log import RequestLog
 from nanogpt.web.shedding import LoadShedder
 
 
 class GenerationService:
-    """Starts texts on this process's engine."""
+    """Starts texts on the engine of whichever model is asked for."""
 
-    def __init__(self, settings: Settings, engine: EngineHandle, limiter: Limiter, shedder: LoadShedder) -> None:
+    def __init__(self, settings: Settings, models: Models, limiter: Limiter, shedder: LoadShedder) -> None:
         self.settings = settings
-        self.engine = engine
+        self.models = models
         self._limiter = limiter
         self._shedder = shedder
         # gunicorn runs a few threads more than this, so that /health answers in time however many texts are being
@@ -63,9 +64,12 @@ class GenerationService:
         finally:
             self._places.release()
 
-    def model(self) -> ServedModel:
-        """The model that is served now. Raises: ServiceUnavailable when it does not come in time."""
-        return self.engine.model()
+    def model(self, name: str = "") -> ServedModel:
+        """The model that is served now under this name; without one the default.
+
+        Raises: ModelNotFound, ServiceUnavailable when it does not come in time.
+        """
+        return self.models.get(name)
 
     def start(
         self,
@@ -172,7 +176,7 @@ class GenerationService:
 
     def _submit(self, model: ServedModel, request: GenerateRequest, events: Events | None) -> Generation:
         """To the model's own engine; when that takes nothing any more, to the next one if the tokens mean the same."""
-        client = self.engine.client
+        client = model.handle.client
         if events is not None:
             return client.send(request, events, engine=model.engine)
         try:
@@ -182,7 +186,7 @@ class GenerationService:
 
     def _successor(self, model: ServedModel) -> ServedModel:
         """The model that is served instead. Raises: ModelChanged where the same tokens are other texts to it."""
-        now = self.model()
+        now = model.handle.model()
         if now.tokenizer is not model.tokenizer:
             raise ModelChanged("The model was changed at this moment.", remedy="Send the request again.")
         return now

@@ -8,11 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Request, sync_playwright
 from support import require_service
 
 WAIT_MS = 20_000  # only a test that fails ever waits so long
 ARGUMENTS = ["--no-sandbox", "--disable-dev-shm-usage"]
+DESK = {"width": 1280, "height": 860}
+PHONE = {"width": 390, "height": 844}
+PLACES = {
+    "en-desk": {"locale": "en-GB", "viewport": DESK},
+    "zh-desk": {"locale": "zh-CN", "viewport": DESK},
+    "en-phone": {"locale": "en-GB", "viewport": PHONE, "has_touch": True},
+    "zh-phone": {"locale": "zh-CN", "viewport": PHONE, "has_touch": True},
+}
 
 
 @contextmanager
@@ -102,3 +111,11 @@ class Visitor:
     def sent(self, path: str) -> list[dict[str, Any]]:
         """The bodies that the page sent to a route, in order."""
         return [request.post_data_json for request in self.requests if request.url == self.url + path]
+
+
+def check_with_axe(visitor: Visitor) -> None:
+    tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+    found = Axe().run(visitor.page, options={"runOnly": {"type": "tag", "values": tags}, "resultTypes": ["violations"]})
+    assert found.response["violations"] == [], found.generate_report()
+    width = visitor.page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    assert width[0] <= width[1], "the page scrolls sideways"

@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 import requests
-from axe_playwright_python.sync_playwright import Axe
-from browser_support import Visitor, chromium
+from browser_support import DESK, PHONE, PLACES, Visitor, check_with_axe, chromium
 from http_support import BIN, ENDLESS, GUNICORN, START_S, Server, wait_for
 from playwright.sync_api import Browser
 from support import ROOT
@@ -28,14 +27,6 @@ pytestmark = pytest.mark.services
 KEY = "the-key-of-the-server"
 # Each message and answer in the characters that the model knows.
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
-DESK = {"width": 1280, "height": 860}
-PHONE = {"width": 390, "height": 844}
-PLACES = {
-    "en-desk": {"locale": "en-GB", "viewport": DESK},
-    "zh-desk": {"locale": "zh-CN", "viewport": DESK},
-    "en-phone": {"locale": "en-GB", "viewport": PHONE, "has_touch": True},
-    "zh-phone": {"locale": "zh-CN", "viewport": PHONE, "has_touch": True},
-}
 
 
 @pytest.fixture(scope="module")
@@ -404,11 +395,3 @@ def test_accessibility(visitor: Visitor, theme: str) -> None:
     visitor.reads("#notice", "notice.refused")
     visitor.choose("tab.code" if theme == "dark" else "tab.model", "tab")
     check_with_axe(visitor)
-
-
-def check_with_axe(visitor: Visitor) -> None:
-    tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
-    found = Axe().run(visitor.page, options={"runOnly": {"type": "tag", "values": tags}, "resultTypes": ["violations"]})
-    assert found.response["violations"] == [], found.generate_report()
-    width = visitor.page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
-    assert width[0] <= width[1], "the page scrolls sideways"

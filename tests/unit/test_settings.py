@@ -131,7 +131,7 @@ def test_every_setting_says_what_it_does_and_its_limits(name: str) -> None:
     data = field.metadata
     assert data["help"].endswith(".")
     assert data["env"].startswith("NANOGPT_") or data["env"] in {"MODEL_CHECKPOINT", "HOST", "PORT", "API_KEY",
-                                                                  "ADMIN_KEY", "REDIS_URL",
+                                                                  "ADMIN_KEY", "COMPARE_CHECKPOINT", "REDIS_URL",
                                                                   "RATE_LIMIT"}  # fmt: skip
     if isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
         assert data["low"] is not None

@@ -57,17 +57,17 @@ def test_the_greeting_names_model_place_and_price_of_entry() -> None:
     status = EngineStatus(
         state="ready", model="model_40000", device="cpu", runner="native", precision="int8", card=CARD
     )
-    lines = list(greeting(Settings(), status, ["http://0.0.0.0:5000"]))
+    lines = list(greeting(Settings(), [status], ["http://0.0.0.0:5000"]))
     assert lines[0] == (
         "Serving model_40000 (nanogpt, 124.4M parameters, context 1024, tokenizer gpt2) on cpu, native runner, int8."
     )
     assert lines[1] == "Open at http://0.0.0.0:5000 to everybody who reaches it (API_KEY is not set)."
     assert lines[2].startswith("Try: curl http://localhost:5000/generate ")
-    locked = list(greeting(Settings(api_key="k3y"), status, ["http://127.0.0.1:5000"]))
+    locked = list(greeting(Settings(api_key="k3y"), [status], ["http://127.0.0.1:5000"]))
     assert "to those who have the API key" in locked[1]
     assert "X-API-Key" in locked[2]
     assert "k3y" not in "".join(locked)
-    by_file = list(greeting(Settings(keys_file="keys.json"), status, ["http://127.0.0.1:5000"]))
+    by_file = list(greeting(Settings(keys_file="keys.json"), [status], ["http://127.0.0.1:5000"]))
     assert "to those who have the API key" in by_file[1]
 
 
@@ -83,11 +83,11 @@ def test_the_greeting_names_model_place_and_price_of_entry() -> None:
     ],
 )
 def test_the_greeting_says_what_is_limited(settings: dict[str, str], says: str) -> None:
-    assert any(line.startswith(says) for line in greeting(Settings(**settings), EngineStatus(), ["http://[::1]:80"]))
+    assert any(line.startswith(says) for line in greeting(Settings(**settings), [EngineStatus()], ["http://[::1]:80"]))
 
 
 def test_a_model_that_takes_long_to_load_is_announced() -> None:
-    lines = list(greeting(Settings(model_checkpoint="log/"), EngineStatus(), ["http://127.0.0.1:5000"]))
+    lines = list(greeting(Settings(model_checkpoint="log/"), [EngineStatus()], ["http://127.0.0.1:5000"]))
     assert lines[0] == "Loading log/; http://127.0.0.1:5000/ready says when it is served."
 
 

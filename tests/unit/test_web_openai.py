@@ -15,8 +15,8 @@ from web_support import EchoClient, make_app
 
 from nanogpt.chat_template import PLAIN_STOPS
 from nanogpt.engine.client import EngineStatus
-from nanogpt.engine.messages import Tokens
-from nanogpt.errors import QueueFull
+from nanogpt.engine.messages import GRAMMAR, Tokens
+from nanogpt.errors import InvalidRequest, QueueFull
 from nanogpt.tokenizer import gpt2
 from nanogpt.web.openai.unsupported import UNSUPPORTED
 
@@ -189,6 +189,28 @@ def test_an_error_in_mid_stream_is_an_event_and_the_end(engine: EchoClient, http
     assert "".join(chunk["choices"][0]["text"] for chunk in pieces) == "abc"
     assert last["error"]["code"] == "engine_died"
     assert last["error"]["type"] == "server_error"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [({"regex": "[a-c]+"}, "regex"), ({"response_format": {"type": "json_object"}}, "response_format")],
+)
+@pytest.mark.parametrize(
+    ("path", "prompt"), [("completions", {"prompt": "abc"}), ("chat/completions", {"messages": USER})]
+)
+def test_what_the_engine_finds_wrong_with_a_grammar_names_the_requests_field(
+    engine: EchoClient, http: FlaskClient, path: str, prompt: Any, asked: Any, field: str, stream: bool
+) -> None:
+    """It used to be ``response_format`` whatever was sent, or ``grammar``, which no request has. At once, and later."""
+    body = {**prompt, **asked, "max_tokens": 3, "stream": stream}
+    engine.refuse = InvalidRequest("The grammar cannot be followed.", field="grammar")
+    assert refusal(http.post(f"/v1/{path}", json=body))["param"] == field
+    engine.refuse, engine.error = None, GRAMMAR + "it has no end"
+    answer = http.post(f"/v1/{path}", json=body)
+    error = list(events(answer))[-1]["error"] if stream else refusal(answer)
+    assert error["param"] == field
+    assert error["message"] == "The text cannot go on by its grammar: it has no end"
 
 
 def test_an_error_before_the_first_piece_is_a_plain_refusal(engine: EchoClient, http: FlaskClient) -> None:

@@ -106,6 +106,8 @@ class EchoClient:
         return self.generations[-1]
 
 
-def make_app(client: EchoClient | None = None, **settings: Any) -> Flask:
-    settings = {"rate_limit": "off", **settings}
-    return create_app(Settings(**settings), client=client or EchoClient(), counters=Windows())  # type: ignore[arg-type]
+def make_app(client: EchoClient | None = None, compare: EchoClient | None = None, **settings: Any) -> Flask:
+    """``compare``: the second model's engine, on a server that has one."""
+    settings = {"rate_limit": "off", "compare_checkpoint": "second.pt" if compare is not None else "", **settings}
+    clients: dict[str, Any] = {"client": client or EchoClient(), "compare_client": compare}
+    return create_app(Settings(**settings), counters=Windows(), **clients)

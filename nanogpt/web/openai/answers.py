@@ -102,6 +102,7 @@ class ModelObject(Answer):
     created: int = Field(description="Seconds since 1970: when this server started.")
     owned_by: str
     max_model_len: int | None = Field(description="The context, in tokens.")
+    digest: str | None = Field(description="SHA-256 of the weights.")
 
 
 class ModelList(Answer):

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import re
 import secrets
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
-from flask import Response, g, request
+from flask import Response, request
 
 from nanogpt.chat_template import PLAIN, PLAIN_STOPS, render
 from nanogpt.tokenizer.base import empty_prompt
-from nanogpt.web.answers import json_response
 from nanogpt.web.body import read_json_object
 from nanogpt.web.engine import ServedModel
 from nanogpt.web.generation import TextGeneration
 from nanogpt.web.group import TextGroup
-from nanogpt.web.openai.job import Job, check_model, check_size, room_for
+from nanogpt.web.openai.job import Job, check_size, room_for
+from nanogpt.web.openai.respond import respond
 from nanogpt.web.openai.schemas import ChatBody, Message
 from nanogpt.web.openai.stream import OpenAIForm, answer_head, finish_reason
 from nanogpt.web.service import GenerationService
-from nanogpt.web.streaming import EventStream
 from nanogpt.web.token_logprobs import chat_logprobs
 
 
@@ -28,21 +28,13 @@ def chat_completions(service: GenerationService) -> Response:
     body = ChatBody.parse(read_json_object(request, service.settings.max_body_bytes), service.settings)
     with ExitStack() as held:
         held.enter_context(service.place())
-        model = service.model()
-        check_model(model, body.model)
+        model = service.model(body.model)
         prompt = prompt_token_ids(model, body.messages)
         room = room_for(prompt, model, service.settings, "messages")
         job = make_job(body, model, prompt, body.wanted_tokens or room)
         check_size(job, service.settings, "messages")
-        group = service.start_many(model, job.texts(), cache=body.cache)
-        held.enter_context(closing(group))
-        if body.stream:
-            return EventStream(group, g.record, ChatForm(body, job, group), held.pop_all()).response()
-        try:
-            group.run()
-            return json_response(chat_answer(body, job, group))
-        finally:
-            g.record.describe(group)
+        form = partial(ChatForm, body, job) if body.stream else None
+        return respond(service, job, held, cache=body.cache, form=form, answer=partial(chat_answer, body, job))
 
 
 def prompt_token_ids(model: ServedModel, messages: list[Message]) -> list[int]:
@@ -79,7 +71,7 @@ def make_job(body: ChatBody, model: ServedModel, prompt: list[int], max_tokens: 
         more_stops=PLAIN_STOPS if is_plain(model) else (),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    return Job(model, [prompt], params, body.n, body.n)
+    return Job(model, [prompt], params, body.n, body.n, grammar_field=body.grammar_field)
 
 
 def is_plain(model: ServedModel) -> bool:

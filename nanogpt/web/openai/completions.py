@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
-from flask import Response, g, request
+from flask import Response, request
 
 from nanogpt.errors import EngineDied
 from nanogpt.sampling_params import TokenLogprobs
 from nanogpt.tokenizer.text import TextStream
-from nanogpt.web.answers import json_response
 from nanogpt.web.body import read_json_object
 from nanogpt.web.engine import ServedModel
 from nanogpt.web.generation import TextGeneration
 from nanogpt.web.group import TextGroup
-from nanogpt.web.openai.job import Job, check_model, check_size, encode
+from nanogpt.web.openai.job import Job, check_size, encode
+from nanogpt.web.openai.respond import respond
 from nanogpt.web.openai.schemas import CompletionBody
 from nanogpt.web.openai.stream import OpenAIForm, answer_head, finish_reason
 from nanogpt.web.service import GenerationService
-from nanogpt.web.streaming import EventStream
 from nanogpt.web.token_logprobs import completion_logprobs
 
 
@@ -28,19 +28,11 @@ def completions(service: GenerationService) -> Response:
     body = CompletionBody.parse(read_json_object(request, service.settings.max_body_bytes), service.settings)
     with ExitStack() as held:
         held.enter_context(service.place())
-        model = service.model()
-        check_model(model, body.model)
+        model = service.model(body.model)
         job = make_job(body, model)
         check_size(job, service.settings, "prompt")
-        group = service.start_many(model, job.texts(), cache=body.cache)
-        held.enter_context(closing(group))
-        if body.stream:
-            return EventStream(group, g.record, CompletionForm(body, job, group), held.pop_all()).response()
-        try:
-            group.run()
-            return json_response(completion_answer(body, job, group))
-        finally:
-            g.record.describe(group)
+        form = partial(CompletionForm, body, job) if body.stream else None
+        return respond(service, job, held, cache=body.cache, form=form, answer=partial(completion_answer, body, job))
 
 
 def make_job(body: CompletionBody, model: ServedModel) -> Job:
@@ -56,6 +48,7 @@ def make_job(body: CompletionBody, model: ServedModel) -> Job:
         body.n,
         body.candidates,
         discards=body.max_tokens == 0,
+        grammar_field=body.grammar_field,
     )
 
 

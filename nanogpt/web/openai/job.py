@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nanogpt.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
+from nanogpt.errors import ContextLengthExceeded, InvalidRequest, NanoGPTError
 from nanogpt.sampling_params import SamplingParams
 from nanogpt.settings import Settings
 from nanogpt.tokenizer.base import Tokenizer, empty_prompt
@@ -18,7 +18,6 @@ from nanogpt.web.engine import ServedModel
 from nanogpt.web.generation import TextGeneration
 from nanogpt.web.group import TextGroup
 
-ALIASES = frozenset({"", "default"})
 _SEEDS = 2**64
 
 
@@ -33,12 +32,19 @@ class Job:
     candidates: int = 1
     discards: bool = False
     """The new tokens are computed for the prompt's sake alone (max_tokens 0): they are neither shown nor counted."""
+    grammar_field: str = "response_format"
+    """The field of the request that the grammar comes from, if there is one."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def texts(self) -> list[tuple[Sequence[int], SamplingParams]]:
         """What goes to the engine: prompt by prompt, candidate by candidate."""
         params = [self._seeded(i) for i in range(self.candidates)]
         return [(prompt, each) for prompt in self.prompts for each in params]
+
+    def name_field(self, error: NanoGPTError) -> None:
+        """Where the engine finds fault with the grammar: the request's own word for it."""
+        if error.field == "grammar":
+            error.field = self.grammar_field
 
     def _seeded(self, index: int) -> SamplingParams:
         """Candidate i has the seed + i, so that each can be had again alone."""
@@ -74,16 +80,6 @@ class Job:
 def _mean_logprob(text: TextGeneration) -> float:
     values = [item.logprob for item in text.logprobs]
     return sum(values) / len(values) if values else 0.0
-
-
-def check_model(model: ServedModel, name: str) -> None:
-    """Raises: ModelNotFound for another model than this one."""
-    if name != model.name and name not in ALIASES:
-        raise ModelNotFound(
-            f"The model {name[:80]!r} does not exist.",
-            field="model",
-            remedy=f"This server serves {model.name!r}; leave the field out, or send default.",
-        )
 
 
 def encode(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:

@@ -10,9 +10,9 @@ from flask import Blueprint, Response, request
 from nanogpt.web.answers import json_response
 from nanogpt.web.body import read_json_object
 from nanogpt.web.engine import ServedModel
+from nanogpt.web.models import DEFAULT
 from nanogpt.web.openai.chat import chat_completions
 from nanogpt.web.openai.completions import completions
-from nanogpt.web.openai.job import check_model
 from nanogpt.web.openai.tokens import DetokenizeBody, TokenizeBody, detokenize, tokenize, tokenizer_info
 from nanogpt.web.service import GenerationService
 
@@ -32,33 +32,35 @@ def make_openai_routes(service: GenerationService) -> Blueprint:
 
     @routes.get("/v1/models")
     def list_models() -> Response:
-        return json_response({"object": "list", "data": [model_object(served_model())]})
+        return json_response({"object": "list", "data": [model_object(model) for model in served()]})
 
     @routes.get("/v1/models/<path:name>")
     def get_model(name: str) -> Response:
-        model = served_model()
-        check_model(model, name)
-        return json_response(model_object(model))
+        return json_response(model_object(served_model(name)))
 
     @routes.post("/tokenize")
     def post_tokenize() -> Response:
         body = TokenizeBody.parse(read_json_object(request, max_bytes))
         with service.place():
-            return json_response(tokenize(body, service.model()))
+            return json_response(tokenize(body, service.model(body.model)))
 
     @routes.post("/detokenize")
     def post_detokenize() -> Response:
         body = DetokenizeBody.parse(read_json_object(request, max_bytes))
         with service.place():
-            return json_response(detokenize(body, service.model()))
+            return json_response(detokenize(body, service.model(body.model)))
 
     @routes.get("/tokenizer_info")
     def get_tokenizer_info() -> Response:
-        return json_response(tokenizer_info(served_model()))
+        return json_response(tokenizer_info(served_model(request.args.get("model", DEFAULT))))
 
-    def served_model() -> ServedModel:
+    def served_model(name: str) -> ServedModel:
         with service.place():  # a model that is loading is waited for
-            return service.model()
+            return service.model(name)
+
+    def served() -> list[ServedModel]:
+        with service.place():
+            return service.models.served()
 
     def model_object(model: ServedModel) -> dict[str, Any]:
         return {
@@ -67,6 +69,7 @@ def make_openai_routes(service: GenerationService) -> Blueprint:
             "created": started,
             "owned_by": "nano-gpt-api",
             "max_model_len": model.card.get("block_size"),
+            "digest": model.digest or None,
         }
 
     return routes

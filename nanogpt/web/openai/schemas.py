@@ -152,7 +152,7 @@ class SamplingBody(Fields):
         "stop": MAX_STOPS,
     }
 
-    model: str = Field("default", max_length=1000, description="The served model's name, or default.")
+    model: str = Field("default", max_length=1000, description="The name of a served model, or default.")
     temperature: float = Field(1.0, ge=0.0, le=2.0, description="Randomness; 0 always takes the most probable token.")
     top_p: float = Field(
         1.0, ge=0.0, le=1.0, description="Sample among the fewest tokens whose probabilities add up to p."
@@ -219,6 +219,11 @@ class SamplingBody(Fields):
     @property
     def continuous_usage(self) -> bool:
         return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    @property
+    def grammar_field(self) -> str:
+        """Where the grammar comes from, if there is one."""
+        return "response_format" if self.regex is None else "regex"
 
     def grammar(self) -> str | None:
         """What the answer has to follow, as the engine reads it. Raises: InvalidRequest."""

@@ -68,4 +68,5 @@ class OpenAIForm:
         return event({**self._head, "choices": [], "usage": self.job.usage(self.group)}) + DONE
 
     def error(self, error: NanoGPTError, request_id: str) -> bytes:
+        self.job.name_field(error)
         return event(openai_error(error))

@@ -12,7 +12,7 @@ from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.web.engine import ServedModel
 from nanogpt.web.fields import Fields, read_fields
 from nanogpt.web.openai.chat import prompt_token_ids
-from nanogpt.web.openai.job import check_ids, check_model
+from nanogpt.web.openai.job import check_ids
 from nanogpt.web.openai.schemas import MAX_MESSAGES, Message, TokenIds, given_fields, given_messages, nullable
 from nanogpt.web.token_logprobs import token_text
 
@@ -22,7 +22,7 @@ class TokenizeBody(Fields):
 
     model_config = ConfigDict(json_schema_extra=nullable)
 
-    model: str = Field("default", max_length=1000, description="The served model's name, or default.")
+    model: str = Field("default", max_length=1000, description="The name of a served model, or default.")
     prompt: str | None = Field(None, description="The text to tokenize.")
     messages: list[Message] | None = Field(
         None, min_length=1, max_length=MAX_MESSAGES, description="A conversation, as /v1/chat/completions reads it."
@@ -49,7 +49,7 @@ class DetokenizeBody(Fields):
 
     model_config = ConfigDict(json_schema_extra=nullable)
 
-    model: str = Field("default", max_length=1000, description="The served model's name, or default.")
+    model: str = Field("default", max_length=1000, description="The name of a served model, or default.")
     tokens: TokenIds = Field(description="Token ids.")
 
     @classmethod
@@ -59,7 +59,6 @@ class DetokenizeBody(Fields):
 
 
 def tokenize(body: TokenizeBody, model: ServedModel) -> dict[str, Any]:
-    check_model(model, body.model)
     if body.messages is not None:
         token_ids = prompt_token_ids(model, body.messages)
     else:
@@ -75,7 +74,6 @@ def tokenize(body: TokenizeBody, model: ServedModel) -> dict[str, Any]:
 
 
 def detokenize(body: DetokenizeBody, model: ServedModel) -> dict[str, Any]:
-    check_model(model, body.model)
     check_ids(model.tokenizer, body.tokens, "tokens")
     return {"prompt": model.tokenizer.decode(body.tokens)}
 

@@ -9,16 +9,17 @@ import { apply, currentLanguage, inEachLanguage, number, setLanguage, t } from "
 import { hide } from "./inspector.js";
 import * as notice from "./notice.js";
 import { recall, remember } from "./remember.js";
-import { DEFAULTS, chatRequest, textRequest } from "./request.js";
+import { DEFAULTS, chatRequest, drawSeed, textRequest } from "./request.js";
 import { makeTabs } from "./tabs.js";
 
-const columns = ["A", "B"].map((name) => new Column(name, { ...DEFAULTS }, { onKeep: keepSeed }));
+const columns = ["A", "B"].map((name) => new Column(name, { ...DEFAULTS }, { onKeep: keepSeed, onModel: modelChosen }));
 const controls = new Controls(byId("settings"), changed);
 let mode = "text";
 let edited = columns[0]; // whose settings the panel shows
 let running = null; // the AbortController of the answers under way
 let asked = null; // the last prompt or message
-let info = null; // the model's card
+let info = null; // the default model's card
+let cards = new Map(); // of all models by name, the default first, once they are known
 let limits = null; // of /generate, as the server describes it
 let served = "loading";
 let wait = 0;
@@ -26,6 +27,7 @@ let wait = 0;
 const compared = () => byId("compare").checked;
 const active = () => (compared() ? columns : columns.slice(0, 1));
 const prompt = byId("prompt");
+const card = () => cards.get(edited.model) ?? info;
 
 // -- running ------------------------------------------------------------------------------------------------------
 
@@ -38,7 +40,9 @@ async function run(again = false) {
   controls.mark("");
   running = new AbortController();
   asked = text;
-  const options = { signal: running.signal, probabilities: byId("colour").checked };
+  // A column without a seed gets the other one's, or both get the same fresh one: what differs is then what was chosen.
+  const seed = active().map((column) => column.settings.seed).find((each) => each !== null) ?? drawSeed();
+  const options = { signal: running.signal, probabilities: byId("colour").checked, seed };
   if (mode === "chat" && !again) prompt.value = "";
   buttons();
   const ended = await Promise.allSettled(active().map((column) =>
@@ -46,12 +50,12 @@ async function run(again = false) {
   running = null;
   buttons();
   byId("spoken").textContent = active().filter((column) => column.run).map((column) => column.said).join(" ");
-  const failed = ended.find((end) => end.status === "rejected")?.reason;
-  if (failed) fail(failed, again ? null : text);
+  const index = ended.findIndex((end) => end.status === "rejected");
+  if (index >= 0) fail(ended[index].reason, again ? null : text, active()[index]);
   else if (served !== "ready") refresh();
 }
 
-function fail(error, text) {
+function fail(error, text, column) {
   if (!(error instanceof Failure)) throw error;
   error.begun = active().some((column) => column.run?.written);
   if (mode === "chat" && text !== null) {
@@ -63,7 +67,9 @@ function fail(error, text) {
     if (hasKey()) error.kind = "wrong_key";
     openKey(true);
   }
-  if (error.kind === "cut_off") refresh();
+  if (["cut_off", "model_not_found"].includes(error.kind)) refresh();
+  // The page watches how the default model is; what another one lacks, the server says.
+  if (column.model && ["loading", "unhealthy", "engine_died"].includes(error.kind)) error.kind = "other_model";
   controls.mark(error.field);
   notice.show(error);
   changed();
@@ -80,6 +86,7 @@ function buttons() {
   byId("run").textContent = wait > 0 ? t("run.wait", { s: wait }) : t(word);
   byId("run").disabled = running !== null || wait > 0;
   byId("stop").disabled = running === null;
+  for (const column of columns) column.models.disabled = running !== null;
   byId("again").disabled = running !== null || wait > 0 || (mode === "text" ? asked === null : !columns[0].messages.length);
   document.body.classList.toggle("running", running !== null);
 }
@@ -106,11 +113,11 @@ function changed() {
 
 function showCode() {
   const probabilities = byId("colour").checked;
-  const { settings, messages } = edited;
+  const { wanted, messages } = edited;
   const said = prompt.value || (mode === "chat" && messages.length ? null : "Once upon a time");
   const request = mode === "text"
-    ? textRequest(prompt.value || "Once upon a time", settings, probabilities)
-    : chatRequest(said ? [...messages, { role: "user", content: said }] : messages.slice(0, lastQuestion(messages)), settings, probabilities);
+    ? textRequest(prompt.value || "Once upon a time", wanted, probabilities)
+    : chatRequest(said ? [...messages, { role: "user", content: said }] : messages.slice(0, lastQuestion(messages)), wanted, probabilities);
   const texts = programs(request, info?.name ?? "default", needsKey());
   byId("snippets").replaceChildren(...Object.entries(texts).map(([name, text]) => {
     const code = make("code", { text });
@@ -136,6 +143,7 @@ async function copy(button, code) {
 }
 
 function showCard() {
+  const info = card();
   const value = {
     name: info?.name, family: info?.family, parameters: info?.parameters && number(info.parameters),
     context: info?.context && t("card.tokens", { n: number(info.context) }),
@@ -161,7 +169,7 @@ async function refresh() {
     if (state !== "ready") throw new Failure(state);
     info = await askJson("model_info");
     served = "ready";
-    byId("modes").hidden = !info.has_chat_template;
+    offerModels();
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
     if (error.kind === "invalid_api_key") {
@@ -172,7 +180,28 @@ async function refresh() {
     else served = "unreachable";
     if (!running) notice.show(error);
   }
-  controls.limit(limits, info);
+  showModel();
+}
+
+/** Ask which models there are, and let each column choose. A second one that still loads is waited for, by nobody. */
+async function offerModels() {
+  try {
+    const names = (await askJson("v1/models")).data.map((model) => model.id);
+    const told = await Promise.all(names.slice(1).map((name) => askJson(`model_info?model=${encodeURIComponent(name)}`)));
+    cards = new Map([[names[0], info], ...told.map((each, i) => [names[i + 1], each])]);
+  } catch (error) {
+    if (!(error instanceof Failure)) throw error;
+    return; // the page does without
+  }
+  if (running) return; // the next time
+  for (const column of columns) column.offer([...cards.keys()]);
+  showModel();
+}
+
+/** Another model, or another column's, is the one that the panel is about. */
+function showModel() {
+  byId("modes").hidden = ![info, ...cards.values()].some((each) => each?.has_chat_template);
+  controls.limit(limits, card());
   showCard();
   changed();
 }
@@ -212,6 +241,7 @@ function setCompare() {
   const [a, b] = columns;
   if (compared()) Object.assign(b.settings, a.settings);
   if (compared()) b.clear();
+  if (compared()) b.choose([...cards.keys()].find((name, i) => i && name !== a.model) ?? null);
   if (compared() && mode === "chat") a.clear();
   byId("which").hidden = !compared();
   byId("answers").replaceChildren(...active().map((column) => column.element));
@@ -224,7 +254,13 @@ function edit(column) {
   edited = column;
   byId("which").querySelector(`[value=${column.name}]`).checked = true;
   controls.show(column.settings);
-  changed();
+  showModel();
+}
+
+/** A conversation is not carried on by another model: both begin anew. */
+function modelChosen(column) {
+  if (mode === "chat") setMode("chat");
+  edit(compared() ? column : columns[0]);
 }
 
 function keepSeed(column, seed) {

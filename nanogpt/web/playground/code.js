@@ -19,9 +19,10 @@ const RENAMED = { max_length: "max_tokens" };
 
 function python({ path, body }, model, keyed) {
   const isChat = path.includes("chat");
-  const plain = [["model", model]];
+  const plain = [["model", body.model ?? model]];
   const extra = {};
   for (const [name, value] of Object.entries(body)) {
+    if (name === "model") continue;
     if (EXTRA.has(name)) extra[name] = value;
     else plain.push([RENAMED[name] ?? name, value]);
   }

@@ -4,20 +4,26 @@ import { ask } from "./api.js";
 import { byId, make } from "./dom.js";
 import { inEachLanguage, number, t } from "./i18n.js";
 import { hide, inspect, inspected } from "./inspector.js";
-import { chatRequest, seeded, textRequest } from "./request.js";
+import { chatRequest, textRequest } from "./request.js";
 import { pieces } from "./stream.js";
 import { Aligner, surprise } from "./tokens.js";
 
 export class Column {
   /** `settings`: this column's own, which the controls change. */
-  constructor(name, settings, { onKeep }) {
+  constructor(name, settings, { onKeep, onModel }) {
     this.name = name;
     this.settings = settings;
+    this.model = null;
     this.messages = [];
     this.element = byId("answer-template").content.firstElementChild.cloneNode(true);
     this.element.id = `answer-${name}`;
     this.text = this.element.querySelector(".text");
     this.stats = this.element.querySelector(".stats");
+    this.models = this.element.querySelector(".of");
+    this.models.addEventListener("change", () => {
+      this.choose(this.models.value || null);
+      onModel(this);
+    });
     this.onKeep = onKeep;
     this.tokensOf = new WeakMap();
     this.clear();
@@ -29,11 +35,34 @@ export class Column {
     this.alone = alone;
     const heading = t(alone ? "answer" : "answer.of", { name: this.name });
     this.element.querySelector("h2").textContent = heading;
-    this.element.setAttribute("aria-label", heading);
+    const model = this.models.selectedOptions[0]?.text;
+    this.element.setAttribute("aria-label", model ? t("answer.by", { answer: heading, model }) : heading);
+    this.models.setAttribute("aria-label", t("answer.model", { answer: heading }));
     this.text.setAttribute("aria-label", `${heading}. ${t("answer.text")}`);
     this.text.dataset.empty = t("answer.empty");
     for (const who of this.text.querySelectorAll(".who")) who.textContent = t(who.dataset.word);
     this.#tell();
+  }
+
+  /** Let one of these models be chosen, whose first is the server's default; one alone is no choice. */
+  offer(names) {
+    const options = names.length > 1 ? names.map((name, i) => make("option", { value: i ? name : "", text: name })) : [];
+    this.models.replaceChildren(...options);
+    this.models.hidden = !options.length;
+    this.choose(names.indexOf(this.model) > 0 ? this.model : null);
+  }
+
+  /** Ask this model from now on; null: the default. What another one wrote does not stay under its name. */
+  choose(model) {
+    if (model !== this.model) this.clear();
+    this.model = model;
+    this.models.value = model ?? "";
+    this.label();
+  }
+
+  /** What is asked for: the settings and the model. */
+  get wanted() {
+    return { ...this.settings, model: this.model };
   }
 
   /** Forget everything that was written. */
@@ -91,8 +120,9 @@ export class Column {
     for (const last of [...this.text.children].slice(-2)) last.remove();
   }
 
-  async #generate(into, request, { signal }) {
-    const settings = seeded(this.settings);
+  async #generate(into, request, { signal, seed }) {
+    // A seed that is certain, so that what was shown can be asked for again.
+    const settings = { ...this.wanted, seed: this.settings.seed ?? seed };
     const run = { started: performance.now(), tokens: 0, first: 0, last: 0, state: "waiting", written: "", seed: settings.seed };
     this.run = run;
     hide();

@@ -1,6 +1,7 @@
 // What is sent for given settings: the one place that knows the fields of /generate and of chats. Knows no page.
 
-/** As the controls begin. `seed` null: a fresh one each time. `logprobs`: alternatives a token. */
+/** As the controls begin. `seed` null: a fresh one each time. `logprobs`: alternatives a token. Beside them settings may
+    have a `model`; null is the server's default. */
 export const DEFAULTS = {
   max_length: 100, temperature: 0.8, top_k: 50, top_p: 1, min_p: 0, seed: null, repetition_penalty: 1,
   presence_penalty: 0, frequency_penalty: 0, stop: [], logit_bias: {}, logprobs: 5, system: "",
@@ -9,10 +10,7 @@ export const DEFAULTS = {
 /** Sent only where it differs: these mean "off" on every route. */
 const OFF = { top_p: 1, min_p: 0, repetition_penalty: 1, presence_penalty: 0, frequency_penalty: 0 };
 
-const drawn = () => crypto.getRandomValues(new Uint32Array(1))[0];
-
-/** Settings whose seed is certain, so that what was shown can be asked for again. */
-export const seeded = (settings) => ({ ...settings, seed: settings.seed ?? drawn() });
+export const drawSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
 
 /** {path, body} of the request. `seed` null is left out: programs draw their own. */
 export function textRequest(prompt, settings, probabilities) {
@@ -30,6 +28,7 @@ export function chatRequest(messages, settings, probabilities) {
 
 function sampling(settings) {
   const fields = { temperature: settings.temperature, top_k: settings.top_k };
+  if (settings.model) fields.model = settings.model;
   for (const [name, off] of Object.entries(OFF)) if (settings[name] !== off) fields[name] = settings[name];
   if (settings.seed !== null) fields.seed = settings.seed;
   if (settings.stop.length) fields.stop = settings.stop;
