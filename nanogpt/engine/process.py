@@ -131,6 +131,7 @@ def serve(settings: Settings, model: Model, path: str, status: StatusPipe, since
         context_overflow=settings.context_overflow,
         eos_token_id=model.eos_token_id,
         grammars=Grammars(partial(tokenizer_from_spec, model.tokenizer_spec), runner.config.num_tokens),
+        speculate=settings.speculate,
     )
     hello = {
         "model": model.name,

@@ -37,6 +37,7 @@ class NativeRunner:
 
     device = "cpu"
     name = "native"
+    same_bits = True
 
     def __init__(
         self,
