@@ -22,7 +22,7 @@ from tiny_model import NUM_TOKENS, Part, distribution, everything, log_softmax, 
 
 from nanogpt.checkpoint import digest
 from nanogpt.errors import SettingsError
-from nanogpt.runner import native_cache
+from nanogpt.runner import native, native_cache
 from nanogpt.runner.native import NativeRunner
 
 
@@ -114,13 +114,13 @@ def settled_checkpoint(folder: Path, seed: int = 0) -> Any:
 
 def count_packing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
-    real = native_cache.packed_in_memory
+    real = native.pack_into
 
-    def counted(size: int, pack: Any) -> native_cache.Bytes:
-        counts.append(size)
-        return real(size, pack)
+    def counted(packed: native_cache.Bytes, *rest: Any) -> None:
+        counts.append(packed.size)
+        real(packed, *rest)
 
-    monkeypatch.setattr(native_cache, "packed_in_memory", counted)
+    monkeypatch.setattr(native, "pack_into", counted)
     return counts
 
 
