@@ -150,6 +150,7 @@ def serve(settings: Settings, model: Model, path: str, status: StatusPipe, since
         server = EngineServer(engine, listener, hello=hello, drain_timeout_s=settings.drain_timeout_s)
         server.install_signal_handlers()
         # What was loaded stays: the collector need not walk it again in the middle of a step.
+        gc.collect()
         give_back_memory()
         gc.freeze()
         where = f"{runner.device}, {runner.name}, {runner.precision}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 
 
 def give_back_memory() -> None:
@@ -11,7 +10,6 @@ def give_back_memory() -> None:
 
     With glibc only; others do so by themselves, or not at all. Takes a few milliseconds.
     """
-    gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("nanogpt._kernels")
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_support import bits, kept_runner, native_runner
 from tiny_model import NUM_TOKENS, Part, distribution, everything, log_softmax, step, tiny_checkpoint
@@ -146,6 +146,7 @@ def test_the_second_start_maps_what_the_first_one_packed(
     assert cache.stat().st_mode & 0o777 == 0o700
 
 
+@settings(deadline=None)  # it waits for the disk
 @given(data=st.data())
 def test_a_damaged_file_is_packed_anew(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("damaged")
