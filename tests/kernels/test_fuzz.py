@@ -1,4 +1,4 @@
-"""The packed-weights reader under damaged files: a short run of tests/fuzz, of which docs/cpu-performance.md tells more."""
+"""The packed-weights reader under damaged files: a short run of tests/fuzz (see docs/cpu-performance.md)."""
 
 from __future__ import annotations
 
