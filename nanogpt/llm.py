@@ -73,7 +73,7 @@ class LLM:
     precision: auto, fp32, bf16, fp16, int8 or int4. runner: auto, native or torch. threads: of a CPU's arithmetic, 0
     for as many as the container may use. max_batch_size: sequences that are computed together. max_batch_tokens: the
     token budget of a step. context_overflow: at the end of the context ``stop``, or ``crop`` the text from the left as
-    nanoGPT does. tokenizer: gpt2 or a path, where it cannot be detected.
+    nanoGPT does. tokenizer: gpt2 or a path, where it cannot be detected. speculate: auto, off, or a number of guesses.
 
     Raises: CheckpointError, TokenizerError, SettingsError, MissingDependency.
     """
@@ -90,6 +90,7 @@ class LLM:
         max_batch_tokens: int = 512,
         context_overflow: str = "stop",
         tokenizer: str = "",
+        speculate: str = "auto",
     ) -> None:
         # The server's settings know the limits of these, and say them.
         self._settings = settings = Settings(
@@ -102,6 +103,7 @@ class LLM:
             max_batch_tokens=max_batch_tokens,
             context_overflow=context_overflow,
             tokenizer=tokenizer,
+            speculate=speculate,
         )
         checkpoint = load_checkpoint(settings.model_checkpoint, tokenizer=settings.tokenizer)
         self._runner = create_runner(
@@ -135,6 +137,7 @@ class LLM:
             context_overflow=self._settings.context_overflow,
             eos_token_id=self.tokenizer.eos_token_id,
             grammars=self._grammars,
+            speculate=self._settings.speculate,
         )
 
     # -- texts -------------------------------------------------------------------------------------------------

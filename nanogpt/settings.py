@@ -219,6 +219,13 @@ class Settings:
         high=1_000_000,
     )
     prefix_cache: bool = _setting(True, "Reuse K and V of a common prefix.", env="NANOGPT_PREFIX_CACHE")
+    speculate: str = _setting(
+        "auto",
+        "Guess tokens from the text so far, and keep those that the model draws, too: the same text in fewer steps. "
+        "auto: while it pays, on the native runner. A number: so many a text and step, wherever there are some.",
+        env="NANOGPT_SPECULATE",
+        choices=("auto", "off", "1", "2", "3", "4", "5", "6", "7", "8"),
+    )
     engine_wait_s: float = _setting(
         10.0,
         "How long a request waits for an engine that is starting before it is answered 503.",

@@ -84,6 +84,7 @@ class FakeRunner:
     device = "cpu"
     precision = "fp32"
     name = "fake"
+    same_bits = True
 
     def __init__(self, config: GPTConfig, num_slots: int, *, max_batch_tokens: int | None = None) -> None:
         self.config = config
@@ -137,8 +138,13 @@ class FakeRunner:
 
     def _draw(self, batch: Batch, b: int, kept: list[int], output: StepOutput) -> list[int]:
         state = batch.sampling[b]
+        num_drafts = 0 if batch.num_drafts is None else int(batch.num_drafts[b])
+        check(0 <= num_drafts < batch.num_tokens[b], "more guesses than tokens")
         if state is None:
+            check(not num_drafts, "guesses after a chunk")
             return []
+        if num_drafts:
+            return self._verify(batch, b, state, kept, num_drafts, output)
         new: list[int] = []
         for i in range(1 + (self.num_guesses if state.mask is None else 0)):
             if i:
@@ -148,6 +154,23 @@ class FakeRunner:
             index = len(state.output_token_ids) + i
             ids = self._allowed(state)
             new.append(int(ids[_sample(kept, state.seed, index, len(ids))]))
+        if state.params.logprobs is not None:
+            output.logprobs[b] = [TokenLogprobs(-float(t), 1, [(t, -float(t))] * state.params.logprobs) for t in new]
+        return new
+
+    def _verify(
+        self, batch: Batch, b: int, state: SamplingState, kept: list[int], num_drafts: int, output: StepOutput
+    ) -> list[int]:
+        check(state.mask is None, "guesses under a mask")
+        end = int(batch.num_tokens[: b + 1].sum())
+        drafts = batch.token_ids[end - num_drafts : end].tolist()
+        new: list[int] = []
+        for i in range(num_drafts + 1):
+            index = len(state.output_token_ids) + i
+            below = kept[: len(kept) - num_drafts + i]
+            new.append(_sample(below, state.seed, index, self.config.num_tokens))
+            if i == num_drafts or new[-1] != drafts[i]:
+                break
         if state.params.logprobs is not None:
             output.logprobs[b] = [TokenLogprobs(-float(t), 1, [(t, -float(t))] * state.params.logprobs) for t in new]
         return new

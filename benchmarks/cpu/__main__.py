@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.cpu import limits, machine, report
+from benchmarks.cpu import limits, machine, report, roofline
 from benchmarks.cpu.engines import Engine, EngineFailed
 from benchmarks.cpu.install import Installer
 from benchmarks.cpu.load import Turns, wait_until_idle
@@ -45,6 +45,9 @@ def arguments(words: list[str]) -> argparse.Namespace:
         "--repeats", type=int, default=5, help="samples a figure is the median of (default %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="one short sample each: does everything run?")
+    parser.add_argument(
+        "--roofline", action="store_true", help="only print what each kernel of a step reads and multiplies, and stop"
+    )
     parser.add_argument("--threads", type=int, default=2, help="threads of every engine (default %(default)s)")
     parser.add_argument("--limit", type=float, default=1800, help="seconds that one engine may take in all, a model")
     parser.add_argument(
@@ -133,6 +136,14 @@ class Run:
 def main(words: list[str]) -> int:
     options = arguments(words)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if options.roofline:
+        options.cache.mkdir(parents=True, exist_ok=True)
+        found = limits.measure(options.cache, options.threads)
+        for name in options.models:
+            for bits in options.bits or ("int8", "int4"):
+                print(roofline.table(MODELS[name], bits, found))
+        print(f"limits: {json.dumps(found)}")
+        return 0
     installer = Installer(options.cache, limit_s=3600)
     about = machine.describe(options.threads)
     about["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

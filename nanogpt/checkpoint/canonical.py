@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 
 from nanogpt.checkpoint.lazy import LazyTensor
+from nanogpt.checkpoint.mapped import release_pages
 from nanogpt.checkpoint.shown import shown
 from nanogpt.checkpoint.types import Tensor
 from nanogpt.errors import CorruptCheckpoint, UnsupportedCheckpoint
@@ -73,7 +74,14 @@ def is_tied(tensors: Mapping[str, LazyTensor]) -> bool:
     if a.dtype != b.dtype:
         return False
     rows = max(1, _CHUNK_BYTES // max(1, a.raw[:1].nbytes))
-    return all(np.array_equal(a.raw[i : i + rows], b.raw[i : i + rows]) for i in range(0, len(a.raw), rows))
+    for i in range(0, len(a.raw), rows):
+        x, y = a.raw[i : i + rows], b.raw[i : i + rows]
+        same = np.array_equal(x, y)
+        release_pages(x)
+        release_pages(y)
+        if not same:
+            return False
+    return True
 
 
 def has_biases(tensors: Collection[str]) -> bool:
@@ -135,7 +143,9 @@ def _check_finite(name: str, tensor: Tensor, where: str) -> None:
     bits = (raw if raw.flags.c_contiguous else np.ascontiguousarray(raw)).reshape(-1).view(kind)
     step = _CHUNK_BYTES // bits.itemsize
     for i in range(0, len(bits), step):
-        if (bits[i : i + step] & magnitude).max() >= exponent:
+        highest = (bits[i : i + step] & magnitude).max()
+        release_pages(bits[i : i + step])
+        if highest >= exponent:
             raise CorruptCheckpoint(
                 f"{where} holds NaN or infinity in {name}: the training diverged, or the file is damaged.",
                 remedy="Serve an earlier checkpoint.",

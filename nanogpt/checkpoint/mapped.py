@@ -53,3 +53,20 @@ class MappedFile:
             )
         flat = np.frombuffer(self.data, kind, count, start)
         return flat if flat.flags.aligned else flat.copy()
+
+
+def release_pages(array: npt.NDArray[Any]) -> None:
+    """Take a mapped file's pages under an array out of this process's memory: they were read, and may be again.
+
+    Weights are looked at in pieces (checked, hashed, packed). Without this all of a file would be in memory in the end,
+    though nobody needs more than a piece at a time. An array that lies on no mapping is left alone.
+    """
+    base: object = array
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
+    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED") or not array.size:
+        return
+    first = array.ctypes.data - np.frombuffer(base, np.uint8, 1).ctypes.data
+    size = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)) + array.itemsize
+    start = first - first % mmap.PAGESIZE
+    base.madvise(mmap.MADV_DONTNEED, start, min(first + size, len(base)) - start)

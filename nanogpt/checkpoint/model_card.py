@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from nanogpt.checkpoint.mapped import release_pages
 from nanogpt.checkpoint.types import Checkpoint, Tensor
 
 # float32 elements that are converted and hashed at a time.
@@ -69,4 +70,5 @@ def weights_sha256(checkpoint: Checkpoint) -> str:
         for i in range(0, len(tensor.raw), rows):
             piece = Tensor(tensor.dtype, tensor.raw[i : i + rows]).float32()
             digest.update(piece.astype("<f4", copy=False).reshape(-1).view(np.uint8).data)
+            release_pages(tensor.raw[i : i + rows])
     return digest.hexdigest()

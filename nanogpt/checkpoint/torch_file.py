@@ -12,16 +12,19 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from nanogpt.checkpoint import safe_pickle
 from nanogpt.checkpoint.lazy import NUMPY_DTYPE, LazyTensor, Span
-from nanogpt.checkpoint.mapped import MappedFile
+from nanogpt.checkpoint.mapped import MappedFile, release_pages
 from nanogpt.checkpoint.pickle_machine import MAX_BYTES, Admitted, Inert
 from nanogpt.checkpoint.stored_zip import Member, data_start, read_directory
 from nanogpt.checkpoint.types import DType, Tensor
 from nanogpt.errors import CorruptCheckpoint, UnsupportedCheckpoint
 
 Sizes = tuple[int, ...]
+
+_CHUNK_BYTES: Final = 1 << 20
 
 # Storage class → bytes an element, and the dtype where weights can have it.
 _STORAGES: Final[dict[str, tuple[int, DType | None]]] = {
@@ -123,7 +126,7 @@ class TorchArchive:
     def _compare_checksum(self, member: Member, name: str) -> None:
         # torch.serialization.set_crc32_options(False) writes zeros: nothing to compare with.
         start = data_start(self.file, member)
-        if member.crc32 and zlib.crc32(self.file.data[start : start + member.size]) != member.crc32:
+        if member.crc32 and _crc32(self.file.array("u1", start, member.size)) != member.crc32:
             raise CorruptCheckpoint(
                 f"{self.file.path} is damaged: the bytes of {name} do not have the checksum that was saved with them.",
                 remedy="Copy the file again.",
@@ -190,3 +193,12 @@ def _is_dense(shape: Sizes, strides: Sizes) -> bool:
             return False
         expected *= size
     return True
+
+
+def _crc32(data: npt.NDArray[Any]) -> int:
+    value = 0
+    for i in range(0, len(data), _CHUNK_BYTES):
+        piece = data[i : i + _CHUNK_BYTES]
+        value = zlib.crc32(piece.data, value)
+        release_pages(piece)
+    return value

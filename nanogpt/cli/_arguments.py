@@ -35,7 +35,7 @@ _HELP = {
     "prompt_logprobs": "the same for the prompt's tokens",
 }
 _INTEGERS = ("max_tokens", "top_k", "seed", "logprobs", "prompt_logprobs")
-_MODEL_SETTINGS = ("tokenizer", "device", "precision", "runner", "threads", "context_overflow")
+_MODEL_SETTINGS = ("tokenizer", "device", "precision", "runner", "threads", "context_overflow", "speculate")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, *, leave_out: tuple[str, ...] = ()) -> None:

@@ -23,6 +23,7 @@ from nanogpt.engine.messages import TIMEOUT, FinishReason, GenerateRequest
 from nanogpt.engine.scheduler import Plan, Scheduler
 from nanogpt.engine.sequence import Sequence, Sink
 from nanogpt.engine.slots import Slots
+from nanogpt.engine.speculation import make_speculation
 from nanogpt.engine.stats import EngineStats
 from nanogpt.errors import ConcurrencyLimit, EngineDied, EngineDraining, InvalidRequest, QueueFull
 from nanogpt.runner.base import Int32, Runner, SamplingState
@@ -35,7 +36,8 @@ class Engine:
 
     ``context_overflow``: ``stop`` ends a text at the model's context (finish_reason ``length``) and refuses a prompt
     that is longer; ``crop`` drops tokens on the left as nanoGPT does. ``eos_token_id`` is the tokenizer's end of text.
-    Without ``grammars`` a request that has one is refused.
+    Without ``grammars`` a request that has one is refused. ``speculate``: guess tokens with ``auto`` while that pays,
+    ``off`` never, or a number wherever there are guesses.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Engine:
         context_overflow: str = "stop",
         eos_token_id: int | None = None,
         grammars: Grammars | None = None,
+        speculate: str = "off",
     ) -> None:
         self.draining = False
         self._runner = runner
@@ -62,6 +65,7 @@ class Engine:
             max_batch_size=max_batch_size,
             max_batch_tokens=max_batch_tokens,
             block_size=runner.config.block_size,
+            speculation=make_speculation(speculate, runner, max_batch_size),
         )
         self._next_handle = 0
         self._deadlines: list[tuple[float, int]] = []
@@ -150,6 +154,8 @@ class Engine:
                 stats.num_steps += 1
                 stats.num_computed_tokens += num_tokens
                 stats.step.observe(done - now)
+                if scheduler.speculation is not None and len(plan.sequences) == plan.num_decoding:
+                    scheduler.speculation.observe_step(num_tokens, done - now)
                 stats.step_sequences.observe(len(plan.sequences))
                 stats.step_tokens.observe(num_tokens)
         self._deliver()

@@ -33,6 +33,7 @@ from nanogpt.engine.server import EngineServer
 from nanogpt.engine.wire import error_to_wire
 from nanogpt.errors import NanoGPTError
 from nanogpt.runner.base import Runner
+from nanogpt.runner.memory import give_back_memory
 from nanogpt.settings import Settings
 from nanogpt.tokenizer import tokenizer_from_spec
 
@@ -131,6 +132,7 @@ def serve(settings: Settings, model: Model, path: str, status: StatusPipe, since
         context_overflow=settings.context_overflow,
         eos_token_id=model.eos_token_id,
         grammars=Grammars(partial(tokenizer_from_spec, model.tokenizer_spec), runner.config.num_tokens),
+        speculate=settings.speculate,
     )
     hello = {
         "model": model.name,
@@ -149,6 +151,7 @@ def serve(settings: Settings, model: Model, path: str, status: StatusPipe, since
         server.install_signal_handlers()
         # What was loaded stays: the collector need not walk it again in the middle of a step.
         gc.collect()
+        give_back_memory()
         gc.freeze()
         where = f"{runner.device}, {runner.name}, {runner.precision}"
         logger.info("Ready: %s on %s after %.1f s.", model.name, where, time.monotonic() - since)

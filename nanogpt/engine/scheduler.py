@@ -15,6 +15,10 @@ step 1 always fits, and step 2 always has a token when somebody needs one: a lon
 and those who decode never stall a prompt. A request is admitted only when there are tokens for it, not before: the
 later it looks for a prefix, the more there is to find.
 
+What is left after that may hold guesses (speculation): tokens that probably follow those of a sequence that decodes,
+computed and sampled in the same step. It keeps what was drawn up to the first wrong one. K and V of wrong guesses lie
+past what the slot is known to hold and are overwritten; there is nothing to take back.
+
 Siblings (n > 1, best_of, one list) come together, when none of them has been computed. When the next request shares
 with a running sequence a beginning that only this step computes, admission pauses until the next step, where that is a
 prefix to copy: n siblings compute their prompt once. Tokens are left in step 3 only when everybody's context will be
@@ -42,6 +46,7 @@ from nanogpt.engine.messages import GRAMMAR, Finished, FinishReason, Timings, To
 from nanogpt.engine.queue import FairQueue
 from nanogpt.engine.sequence import Event, Sequence, Sink
 from nanogpt.engine.slots import Slots, num_common
+from nanogpt.engine.speculation import Speculation
 from nanogpt.engine.stats import EngineStats
 from nanogpt.errors import NanoGPTError
 from nanogpt.runner.base import Batch, Int32, PromptLogprobs, StepOutput
@@ -51,7 +56,8 @@ from nanogpt.runner.base import Batch, Int32, PromptLogprobs, StepOutput
 class Plan:
     """One step: first the copies in order (source, target, num_tokens), then the batch.
 
-    ``sequences`` runs alongside the batch: first ``num_decoding`` with one token each, then those with chunks.
+    ``sequences`` runs alongside the batch: first ``num_decoding`` with one token each (and guesses after it), then
+    those with chunks.
     """
 
     batch: Batch
@@ -63,8 +69,17 @@ class Plan:
 class Scheduler:
     """Waiting and running sequences of one engine. Events are collected in ``events`` for the engine to deliver."""
 
-    def __init__(self, slots: Slots, *, max_batch_size: int, max_batch_tokens: int, block_size: int) -> None:
+    def __init__(
+        self,
+        slots: Slots,
+        *,
+        max_batch_size: int,
+        max_batch_tokens: int,
+        block_size: int,
+        speculation: Speculation | None = None,
+    ) -> None:
         self.slots = slots
+        self.speculation = speculation
         self.max_running = min(max_batch_size, max_batch_tokens, slots.num_slots)
         self._budget = max_batch_tokens
         self._block_size = block_size
@@ -126,7 +141,10 @@ class Scheduler:
             left -= chunks[-1]
         if not sequences:
             return None
-        return Plan(self._batch(sequences, num_decoding, chunks), sequences, num_decoding, copies)
+        guesses = None
+        if self.speculation is not None:
+            guesses = self.speculation.guesses(self._decoding, sum(chunks), left)
+        return Plan(self._batch(sequences, num_decoding, chunks, guesses), sequences, num_decoding, copies)
 
     def update(self, plan: Plan, output: StepOutput, now: float) -> None:
         """Take in what the runner computed and sampled.
@@ -134,6 +152,8 @@ class Scheduler:
         Raises: RuntimeError when the runner broke its contract; ``fail`` then ends the plan's sequences.
         """
         self._record(plan)
+        if plan.batch.num_drafts is not None:
+            self._count_guesses(plan, output)
         stats = self.stats
         since_last, self._updated_at = now - self._updated_at, now
         num_single = plan.num_decoding
@@ -261,10 +281,19 @@ class Scheduler:
         self._running[sequence.handle] = sequence
         self._filling.append(sequence)
 
-    def _batch(self, sequences: list[Sequence], num_decoding: int, chunks: list[int]) -> Batch:
+    def _batch(
+        self, sequences: list[Sequence], num_decoding: int, chunks: list[int], guesses: list[list[int]] | None
+    ) -> Batch:
         starts = np.array([s.num_computed for s in sequences], np.int32)
         num_tokens = np.ones(len(sequences), np.int32)
-        token_ids = np.array([s.output[-1] for s in sequences[:num_decoding]], np.int32)
+        num_drafts: Int32 | None = None
+        latest = [s.output[-1] for s in sequences[:num_decoding]]
+        if guesses is not None:
+            num_drafts = np.zeros(len(sequences), np.int32)
+            num_drafts[:num_decoding] = [len(of) for of in guesses]
+            num_tokens += num_drafts
+            latest = [token_id for last, of in zip(latest, guesses, strict=True) for token_id in (last, *of)]
+        token_ids = np.array(latest, np.int32)
         prompt_logprobs: dict[int, PromptLogprobs] | None = None
         if chunks:
             num_tokens[num_decoding:] = chunks
@@ -284,17 +313,32 @@ class Scheduler:
             token_ids=token_ids,
             sampling=[s.state for s in sequences[:num_decoding]]
             + [s.state if s.num_left == n else None for s, n in zip(sequences[num_decoding:], chunks, strict=True)],
+            num_drafts=num_drafts,
             prompt_logprobs=prompt_logprobs,
         )
 
     def _record(self, plan: Plan) -> None:
         batch, n = plan.batch, plan.num_decoding
-        if n:
+        num_decoding = n
+        if batch.num_drafts is not None:
+            ends = np.cumsum(batch.num_tokens[:n])
+            self.slots.record_one_each(batch.slots[:n], batch.starts[:n], batch.token_ids[ends - batch.num_tokens[:n]])
+            n = int(ends[-1])
+        elif n:
             self.slots.record_one_each(batch.slots[:n], batch.starts[:n], batch.token_ids[:n])
-        for b in range(n, len(plan.sequences)):
+        for b in range(num_decoding, len(plan.sequences)):
             stop = n + int(batch.num_tokens[b])
             self.slots.record(int(batch.slots[b]), int(batch.starts[b]), batch.token_ids[n:stop])
             n = stop
+
+    def _count_guesses(self, plan: Plan, output: StepOutput) -> None:
+        assert plan.batch.num_drafts is not None
+        num_guesses = plan.batch.num_drafts.tolist()
+        for sequence, n, new in zip(plan.sequences, num_guesses, output.token_ids, strict=True):
+            if n and new and sequence.proposer is not None:
+                sequence.proposer.observe(n, len(new) - 1)
+                self.stats.num_guessed_tokens += n
+                self.stats.num_accepted_tokens += len(new) - 1
 
     def _accept(self, sequence: Sequence, new: list[int]) -> tuple[list[int], FinishReason | None]:
         """Take sampled tokens one by one up to the one that ends the output. Returns those that count, and the end.

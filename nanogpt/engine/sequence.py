@@ -14,6 +14,7 @@ from nanogpt.sampling_params import TokenLogprobs
 
 if TYPE_CHECKING:
     from nanogpt.engine.grammar import GrammarState
+    from nanogpt.runner.ngram import NgramProposer
 
 Event = Tokens | Finished
 Sink = Callable[[Event], None]
@@ -48,6 +49,8 @@ class Sequence:
     """When the window last moved: the moment of the last token before."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     grammar: GrammarState | None = None
+    proposer: NgramProposer | None = None
+    """Made when the first guess is asked for."""
     paused: bool = False
     """Admission has paused for it once."""
     output: list[int] = field(init=False)

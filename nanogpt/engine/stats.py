@@ -70,6 +70,10 @@ class EngineStats:
     """Prompt tokens that the prefix cache was asked for."""
     num_cached_tokens: int = 0
     """Prompt tokens that it had."""
+    num_guessed_tokens: int = 0
+    """Speculation: guesses that were computed."""
+    num_accepted_tokens: int = 0
+    """Guesses that the runner drew, too."""
     num_queue_full: int = 0
     finished: dict[str, int] = field(default_factory=_finished)
     queue: Histogram = field(default_factory=partial(Histogram, WAITING_S))

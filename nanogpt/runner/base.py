@@ -96,6 +96,8 @@ class Runner(Protocol):
     precision: str
     name: str
     """``torch`` or ``native``."""
+    same_bits: bool
+    """Whether a row's logits have the same bits whatever else is in its step."""
 
     def step(self, batch: Batch) -> StepOutput:
         """Compute the batch's tokens, write their K and V, sample."""

@@ -8,18 +8,19 @@ instruction set, and pass batches on.
 
 from __future__ import annotations
 
-import mmap
 import os
 
 import numpy as np
 import numpy.typing as npt
 
 from nanogpt import _kernels
+from nanogpt.checkpoint.mapped import release_pages
 from nanogpt.checkpoint.types import Checkpoint
 from nanogpt.errors import SettingsError
 from nanogpt.model.config import GPTConfig
 from nanogpt.runner.base import Batch, Float32, Int32, StepOutput
 from nanogpt.runner.cpus import usable_cpus
+from nanogpt.runner.memory import give_back_memory
 from nanogpt.runner.native_cache import Bytes, packed_in_memory, packed_weights
 from nanogpt.runner.sampler import token_logprobs
 
@@ -37,6 +38,7 @@ class NativeRunner:
 
     device = "cpu"
     name = "native"
+    same_bits = True
 
     def __init__(
         self,
@@ -73,7 +75,7 @@ class NativeRunner:
             if keep
             else packed_in_memory(self.packed_bytes, pack)
         )
-        release_pages(checkpoint)
+        give_back_memory()
         self._model: _kernels.Model | None = _kernels.Model(config, kinds, packed, num_slots, self.num_threads, isa)
 
     @property
@@ -159,32 +161,23 @@ def pack_into(
 ) -> None:
     """Quantize every tensor of the checkpoint into its place in the packed buffer, one after the other."""
     tensors = checkpoint.tensors
+
+    def values(name: str) -> Float32 | None:
+        return tensors[name].float32() if name in tensors else None
+
     for name, is_matrix, num_rows, width in _kernels.entries(config, kinds):
         if is_matrix:
-            bias = tensors.get(f"{name}.bias")
-            weight = tensors[f"{name}.weight"].float32()
-            _kernels.pack(config, kinds, packed, name, weight, None if bias is None else bias.float32(), threads)
+            stored = f"{name}.weight"
+            weight = tensors[stored].float32()
+            _kernels.pack(config, kinds, packed, name, weight, values(f"{name}.bias"), threads)
         else:
-            tensor = tensors.get(name) or tensors.get(f"{name}.weight")
-            values = np.zeros(num_rows * width, np.float32) if tensor is None else tensor.float32()
-            _kernels.pack(config, kinds, packed, name, values, None, threads)
-
-
-def release_pages(checkpoint: Checkpoint) -> None:
-    """Take the checkpoint's mapped files out of this process's memory: they were read, and are not needed again.
-
-    Only mappings of files are touched; whoever does read a tensor again finds it there, from the file.
-    """
-    mappings = {}
-    for tensor in checkpoint.tensors.values():
-        base: object = tensor.raw
-        while isinstance(base, (np.ndarray, memoryview)):
-            base = base.base if isinstance(base, np.ndarray) else base.obj
-        if isinstance(base, mmap.mmap):
-            mappings[id(base)] = base
-    if hasattr(mmap, "MADV_DONTNEED"):
-        for mapping in mappings.values():
-            mapping.madvise(mmap.MADV_DONTNEED)
+            stored = name if name in tensors else f"{name}.weight"
+            vector = values(stored)
+            if vector is None:  # a norm without a bias
+                vector = np.zeros(num_rows * width, np.float32)
+            _kernels.pack(config, kinds, packed, name, vector, None, threads)
+        if stored in tensors:
+            release_pages(tensors[stored].raw)
 
 
 def matrix_names(config: GPTConfig) -> list[str]:

@@ -63,15 +63,14 @@ def packed_weights(checkpoint: Checkpoint, description: str, size: int, pack: Ca
         with contextlib.suppress(OSError):
             os.utime(path)  # used now: the last to be removed
         return found
-    packed = packed_in_memory(size, pack)
     try:
-        _write(path, what, bytes.fromhex(digest), packed)
+        _write(path, what, bytes.fromhex(digest), size, pack)
         _remove_old(folder, keep=path)
     except OSError as error:
         logger.info("Packed weights are not kept: %s.", error)
-        return packed
+        return packed_in_memory(size, pack)
     mapped = read_packed(path, what, bytes.fromhex(digest), size)
-    return packed if mapped is None else mapped
+    return packed_in_memory(size, pack) if mapped is None else mapped
 
 
 def read_packed(path: Path, what: bytes, weights: bytes, size: int) -> Bytes | None:
@@ -104,13 +103,19 @@ def packed_in_memory(size: int, pack: Callable[[Bytes], None]) -> Bytes:
     return memory[start : start + size]
 
 
-def _write(path: Path, what: bytes, weights: bytes, packed: Bytes) -> None:
-    header = _HEADER.pack(_MAGIC, FORMAT, _HEADER_BYTES, what, weights, packed.size, _kernels.checksum(packed))
+def _write(path: Path, what: bytes, weights: bytes, size: int, pack: Callable[[Bytes], None]) -> None:
+    """Pack into the file itself, so that the weights are in memory once."""
     descriptor, name = tempfile.mkstemp(suffix=".new", dir=path.parent)  # readable by its user only
     try:
-        with open(descriptor, "wb") as file:
+        with open(descriptor, "r+b") as file:
+            # Room that is only promised would end the process when the disk is full.
+            _take_room(descriptor, _HEADER_BYTES + size)
+            packed: Bytes = np.memmap(file, np.uint8, mode="r+", offset=0)[_HEADER_BYTES:].view(np.ndarray)
+            pack(packed)
+            header = _HEADER.pack(_MAGIC, FORMAT, _HEADER_BYTES, what, weights, size, _kernels.checksum(packed))
+            del packed
+            file.seek(0)
             file.write(header.ljust(_HEADER_BYTES, b"\0"))
-            file.write(packed.data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
@@ -118,6 +123,15 @@ def _write(path: Path, what: bytes, weights: bytes, packed: Bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+
+
+def _take_room(descriptor: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+        return
+    zeros = bytes(1 << 20)
+    while size > 0:
+        size -= os.write(descriptor, zeros[:size])
 
 
 def _remove_old(folder: Path, keep: Path) -> None:

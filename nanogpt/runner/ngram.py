@@ -2,67 +2,113 @@
 
 Pure bookkeeping, one object a sequence, in the engine's thread; knows neither model nor batch. A wrong guess costs only
 time: the runner samples at every guess's place and keeps what it drew, so the text is the same with and without.
+
+A text is kept as a string with one character a token, so that looking back is ``str.rfind``: a microsecond or two for a
+thousand tokens, and nothing for a token that nobody looks at. How often guesses come true is measured for each length
+of the match, also while none are made: now and then what would have been guessed is compared with what came.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-_SHORTEST, _LONGEST = 2, 4
-"""Tokens that have to match. One match in two is a coincidence at length 1; past 4, length says little."""
-_PROBE_EVERY = 32
-"""While guesses do not pay, one attempt in so many tokens finds out whether they do by now."""
-_PAYS = 0.4
-"""Accepted guesses a guess, below which verifying costs more than it brings (verifying four costs half a step more)."""
-_MEMORY = 0.9
+LENGTHS = (8, 4, 3, 2)
+"""Tokens that have to match, the longest first. One token in common is a coincidence; past 8, length says little."""
+START = 0.5
+"""Share of guesses that come true, before anything was measured."""
+
+_FARTHEST = 4096
+"""Tokens that are looked through: a bound on the time of a look, for texts that a moving window lets grow."""
+_LOOK_EVERY = 4
+_WEIGHT = 0.06
+_SHARED_WEIGHT = 0.005
 
 
 class NgramProposer:
-    """Proposes the continuation of the latest earlier occurrence of the text's end, for as long as that pays.
+    """Proposes the continuation of the latest earlier occurrence of the text's end, for as far as that is likely.
 
-    ``accept`` is told what became of a proposal; the measured rate of accepted guesses (a moving average) decides
-    how many are made next: none but a probe now and then where text does not repeat itself.
+    ``shared`` are the rates of all sequences together, by length: where this one's begin, and changed by what is seen.
+    ``best`` is the highest of its own: nothing that it proposes is likelier than that.
     """
 
-    def __init__(self, token_ids: Sequence[int], max_guesses: int = 8) -> None:
-        self._tokens: list[int] = []
-        # Where an n-gram's latest occurrence ends, and where the one before that does.
-        self._latest: dict[tuple[int, ...], int] = {}
-        self._before: dict[tuple[int, ...], int] = {}
-        self._max_guesses = max_guesses
-        self._rate = 0.5
-        self._silent = 0
-        self.extend(token_ids)
+    def __init__(self, prompt_token_ids: Iterable[int], shared: list[float] | None = None) -> None:
+        self._shared = [START] * len(LENGTHS) if shared is None else shared
+        self._rates = list(self._shared)
+        self.best = max(self._rates)
+        self._prompt: Iterable[int] = prompt_token_ids
+        self._text = ""
+        self._num_output = -1  # tokens of the output that the text holds; -1: nor the prompt
+        self._skipped = 0
+        self._looked: tuple[int, int, str] | None = None
+        self._match = 0
 
-    def extend(self, token_ids: Sequence[int]) -> None:
-        """Take note of tokens that were added to the text."""
-        for token_id in token_ids:
-            self._tokens.append(token_id)
-            end = len(self._tokens)
-            for n in range(_SHORTEST, min(_LONGEST, end) + 1):
-                key = tuple(self._tokens[end - n :])
-                if key in self._latest:
-                    self._before[key] = self._latest[key]
-                self._latest[key] = end
+    def propose(self, output: list[int], limit: int, worth: float) -> list[int]:
+        """Guesses for the tokens after prompt and output, each with a chance above ``worth``; at most ``limit``."""
+        self._follow(output)
+        found = self._find()
+        if found is None:
+            return []
+        self._match, at = found
+        rate = self._rates[self._match]
+        num_guesses, chance = 0, rate
+        while num_guesses < limit and chance > worth:
+            num_guesses += 1
+            chance *= rate
+        if not num_guesses:
+            self._remember(found)
+        return list(map(ord, self._continued(at, num_guesses)))
 
-    def propose(self, limit: int) -> list[int]:
-        """At most ``limit`` guesses for the tokens after the text; often none."""
-        if self._rate < _PAYS:
-            self._silent += 1
-            if self._silent < _PROBE_EVERY:
-                return []
-            limit = min(limit, 2)
-        self._silent = 0
-        # Long proposals only while nearly all of them come true.
-        limit = min(limit, max(1, round(self._max_guesses * self._rate)))
-        end = len(self._tokens)
-        for n in range(min(_LONGEST, end), _SHORTEST - 1, -1):
-            at = self._before.get(tuple(self._tokens[end - n :]))
-            if at is not None:
-                return self._tokens[at : at + limit]
-        return []
+    def chance(self, num_guesses: int) -> float:
+        """How many of the last proposal's guesses should come true."""
+        rate = self._rates[self._match]
+        return sum(rate**i for i in range(1, num_guesses + 1))
 
-    def accept(self, num_proposed: int, num_accepted: int) -> None:
-        """What the runner kept of a proposal."""
-        if num_proposed:
-            self._rate = _MEMORY * self._rate + (1 - _MEMORY) * num_accepted / num_proposed
+    def observe(self, num_guesses: int, num_right: int) -> None:
+        """What the runner kept of the last proposal."""
+        self._learn(self._match, num_right, num_right < num_guesses)
+
+    def skip(self, output: list[int]) -> None:
+        """No guesses this time: none is likely enough. Now and then one is made without consequences."""
+        self._skipped += 1
+        if self._skipped % _LOOK_EVERY == 0:
+            self._follow(output)
+            self._remember(self._find())
+
+    def _remember(self, found: tuple[int, int] | None) -> None:
+        self._looked = None if found is None else (len(self._text), found[0], self._continued(found[1], 1))
+
+    def _follow(self, output: list[int]) -> None:
+        if self._num_output < 0:
+            self._text = "".join(map(chr, self._prompt))
+            self._num_output, self._prompt = 0, ()
+        self._text += "".join(map(chr, output[self._num_output :]))
+        self._num_output = len(output)
+        if self._looked is not None:
+            end, match, guess = self._looked
+            if end < len(self._text):
+                self._looked = None
+                right = self._text[end] == guess
+                self._learn(match, int(right), not right)
+
+    def _find(self) -> tuple[int, int] | None:
+        """Which length matches, and where what followed that match begins."""
+        text, end = self._text, len(self._text)
+        first = max(0, end - _FARTHEST)
+        for match, n in enumerate(LENGTHS):
+            at = text.rfind(text[-n:], first, end - 1) if n < end else -1
+            if at >= 0:
+                return match, at + n
+        return None
+
+    def _continued(self, at: int, num: int) -> str:
+        """``num`` tokens from ``at`` on. Where that passes the end, the text repeats itself from ``at``."""
+        guesses = self._text[at : at + num]
+        while len(guesses) < num:
+            guesses += guesses[: num - len(guesses)]
+        return guesses
+
+    def _learn(self, match: int, num_right: int, wrong: bool) -> None:
+        for rates, weight in ((self._rates, _WEIGHT), (self._shared, _SHARED_WEIGHT)):
+            rate = 1 - (1 - rates[match]) * (1 - weight) ** num_right
+            rates[match] = rate * (1 - weight) if wrong else rate
+        self.best = max(self._rates)

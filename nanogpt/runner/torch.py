@@ -48,6 +48,7 @@ class TorchRunner:
     """
 
     name = "torch"
+    same_bits = False
 
     def __init__(
         self,

@@ -32,6 +32,9 @@ _COUNTERS = (
     ("prefix_cache_queries_total", "Prompt tokens that were looked up among the K and V of other sequences.",
      "num_queried_tokens"),
     ("prefix_cache_hits_total", "Prompt tokens whose K and V were there already.", "num_cached_tokens"),
+    ("spec_decode_num_draft_tokens_total", "Tokens that speculation guessed and the model computed.",
+     "num_guessed_tokens"),
+    ("spec_decode_num_accepted_tokens_total", "Guessed tokens that the model drew, too.", "num_accepted_tokens"),
     ("queue_full_total", "Sequences that were refused because the queue was full.", "num_queue_full"),
     ("steps_total", "Steps that the engine computed.", "num_steps"),
 )  # fmt: skip

@@ -15,14 +15,14 @@ import pytest
 
 pytest.importorskip("nanogpt._kernels")
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_support import bits, kept_runner, native_runner
 from tiny_model import NUM_TOKENS, Part, distribution, everything, log_softmax, step, tiny_checkpoint
 
 from nanogpt.checkpoint import digest
 from nanogpt.errors import SettingsError
-from nanogpt.runner import native_cache
+from nanogpt.runner import native, native_cache
 from nanogpt.runner.native import NativeRunner
 
 
@@ -114,13 +114,13 @@ def settled_checkpoint(folder: Path, seed: int = 0) -> Any:
 
 def count_packing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
-    real = native_cache.packed_in_memory
+    real = native.pack_into
 
-    def counted(size: int, pack: Any) -> native_cache.Bytes:
-        counts.append(size)
-        return real(size, pack)
+    def counted(packed: native_cache.Bytes, *rest: Any) -> None:
+        counts.append(packed.size)
+        real(packed, *rest)
 
-    monkeypatch.setattr(native_cache, "packed_in_memory", counted)
+    monkeypatch.setattr(native, "pack_into", counted)
     return counts
 
 
@@ -146,6 +146,7 @@ def test_the_second_start_maps_what_the_first_one_packed(
     assert cache.stat().st_mode & 0o777 == 0o700
 
 
+@settings(deadline=None)  # it waits for the disk
 @given(data=st.data())
 def test_a_damaged_file_is_packed_anew(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("damaged")

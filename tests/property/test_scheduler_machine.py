@@ -18,8 +18,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from nanogpt.engine.core import Engine
 from nanogpt.engine.messages import TIMEOUT, Finished, GenerateRequest, Tokens
 from nanogpt.engine.scheduler import Plan
-from nanogpt.engine.sequence import Event
+from nanogpt.engine.sequence import Event, Sequence
+from nanogpt.engine.speculation import Speculation
 from nanogpt.errors import ConcurrencyLimit, InvalidRequest, QueueFull
+from nanogpt.runner.ngram import NgramProposer
 from nanogpt.sampling_params import SamplingParams
 
 NUM_TOKENS = 40
@@ -45,6 +47,35 @@ class Asked:
         return [token_id for event in self.events if isinstance(event, Tokens) for token_id in event.token_ids]
 
 
+class Guessing(Speculation):
+    """Guesses of which most are right: the fake model's texts hardly ever repeat themselves."""
+
+    def __init__(self, machine: EngineMachine, num_guesses: int, **limits: int) -> None:
+        super().__init__(num_guesses, **limits)
+        self._machine = machine
+
+    def proposer(self, sequence: Sequence) -> NgramProposer:
+        params = sequence.request.params
+        prompt = list(sequence.request.prompt_token_ids)
+        text, _ = expected(
+            prompt,
+            seed=params.seed or 0,
+            max_tokens=params.max_tokens,
+            config=self._machine.config,
+            crop=self._machine.crop,
+        )
+        return Oracle([token_id ^ 1 if i % 4 == 3 else token_id for i, token_id in enumerate(text)])
+
+
+class Oracle(NgramProposer):
+    def __init__(self, text: list[int]) -> None:
+        super().__init__([])
+        self._oracle = text
+
+    def propose(self, output: list[int], limit: int, worth: float) -> list[int]:
+        return self._oracle[len(output) :][: max(0, limit)]
+
+
 class EngineMachine(RuleBasedStateMachine):
     @initialize(
         block_size=st.integers(2, 12),
@@ -57,6 +88,7 @@ class EngineMachine(RuleBasedStateMachine):
         min_shared_tokens=st.sampled_from([1, 3, 16]),
         crop=st.booleans(),
         num_guesses=st.sampled_from([0, 0, 1, 3]),
+        num_drafts=st.sampled_from([0, 0, 1, 4]),
     )
     def start(
         self,
@@ -70,6 +102,7 @@ class EngineMachine(RuleBasedStateMachine):
         min_shared_tokens: int,
         crop: bool,
         num_guesses: int,
+        num_drafts: int,
     ) -> None:
         self.config = config(block_size, NUM_TOKENS)
         self.crop = crop
@@ -89,6 +122,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.scheduler = self.engine._scheduler
         self.scheduler.slots._min_copy_tokens = min_copy_tokens
         self.scheduler._min_shared_tokens = min_shared_tokens
+        if num_drafts:
+            self.scheduler.speculation = Guessing(self, num_drafts, max_guesses=6, block_size=block_size)
         self.admit = self.scheduler.schedule
         self.scheduler.schedule = self.schedule  # type: ignore[method-assign]
         self.asked: dict[int, Asked] = {}

@@ -17,7 +17,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks.cpu import __main__ as command
-from benchmarks.cpu import engines, install, limits, load, models, peers, report
+from benchmarks.cpu import engines, install, limits, load, models, peers, report, roofline
 from benchmarks.cpu.engines import EngineFailed, LlamaCpp, Sample, Worker
 from benchmarks.cpu.workloads import WORKLOADS, tokens_per_s
 
@@ -458,3 +458,20 @@ def test_waiting_for_a_quiet_machine_ends(monkeypatch: pytest.MonkeyPatch) -> No
     before = time.monotonic()
     load.wait_until_idle(0.05)
     assert time.monotonic() - before >= 0.05
+
+
+def test_the_roofline_adds_up_to_the_model_and_names_the_slower_limit() -> None:
+    model = models.MODELS["gpt2"]
+    found = list(roofline.kernels(model, "int8", rows=32, context=64, sequences=32, drawn=32))
+    weights = [kernel for kernel in found if kernel.name != "attention"]
+    assert sum(kernel.num_bytes for kernel in weights) == model.matrix_weights
+    assert sum(kernel.products for kernel in weights) == 32 * model.matrix_weights
+    [attention] = (kernel for kernel in found if kernel.name == "attention")
+    assert attention.num_bytes == 32 * 64 * 12 * 2 * (768 + 4 * 12)
+    limits_found = {"read_gb_per_s": {"1024": 100.0, "2000000": 10.0}, "tera_ops_per_s": {"int8 AVX2": 1.0, "any": 0}}
+    head = weights[-1]
+    assert roofline.least_ms(head, limits_found, model, "int8") == pytest.approx(50257 * 768 / 1e10 * 1e3)
+    prefill = roofline.Kernel("MLP in", 1.0, 1e9)
+    assert roofline.least_ms(prefill, limits_found, model, "int8") == pytest.approx(2.0)
+    assert roofline.least_ms(head, {"error": "no compiler"}, model, "int8") is None
+    assert "32 at once" in roofline.table(model, "int4", {})
