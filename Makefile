@@ -21,7 +21,7 @@ SERVICES += qemu-aarch64:qemu-user aarch64-linux-gnu-g++:g++-aarch64-linux-gnu r
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help install serve test image-test check format docs site bench bench-cpu demo test-lowest constraints services wheel clean
+.PHONY: help install serve test image-test ray-test check format docs site bench bench-cpu demo test-lowest constraints services wheel clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -38,6 +38,9 @@ test: $(VENV)/.installed-dev services ## Run every test (PYTEST_ARGS="-k tokeniz
 
 image-test: $(VENV)/.installed-dev ## Build the CPU image and drive it (minutes; docker or podman)
 	$(BIN)/python -m pytest -q -s --timeout 3600 tests/images/build_and_run.py
+
+ray-test: $(VENV)/.installed-dev ## Serve with Ray on a cluster of this machine (two minutes)
+	$(BIN)/python -m pytest -q --cluster tests/services/test_ray.py
 
 check: $(VENV)/.installed-dev ## Lint, formatting, types, and documentation in step with the code
 	$(BIN)/ruff check

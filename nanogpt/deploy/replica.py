@@ -22,8 +22,8 @@ from nanogpt.engine.launch import start_supervisor
 from nanogpt.errors import EngineLoading, NanoGPTError, SettingsError
 from nanogpt.settings import Settings
 from nanogpt.web.app import check_settings, create_app
-from nanogpt.web.engine import EngineHandle
 from nanogpt.web.metrics import metrics
+from nanogpt.web.models import Models
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,8 @@ class Replica:
         self._supervisor = start_supervisor(settings, os.getpid())
         try:
             self._app = create_app(settings)
-            self._engine: EngineHandle = self._app.extensions["nanogpt"]
+            models: Models = self._app.extensions["nanogpt"]
+            self._engine = models.main
             metrics.start()
             status = self._engine.client.wait_ready(settings.reload_timeout_s)
             if status.state != "ready":

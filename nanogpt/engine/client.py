@@ -51,6 +51,7 @@ _CONTROL_TIMEOUT_S = 30.0
 # How long a worker may not have heard yet that an engine which refuses was replaced.
 _NEWS_S = 1.0
 _RESTARTING = "The engine has ended and is started again."
+_NO_SUCH_ROLE = "This server was started with one model: there is no second one."
 _NO_SUPERVISOR = {
     "state": "loading",
     "reason": "The engine's supervisor has ended and is started again.",
@@ -293,7 +294,8 @@ class EngineClient:
                     reply = self._replies.pop(values["reply"])
                 reply.put(values)
             else:
-                self._supervised = values if self._role == "main" else values[self._role]
+                told = values if self._role == "main" else values[self._role]
+                self._supervised = told or {**self._supervised, **_NO_SUPERVISOR, "reason": _NO_SUCH_ROLE}
                 self._choose()
 
     def _choose(self) -> None:

@@ -100,6 +100,7 @@ class Reader:
         return result.stdout
 
     def type(self, command: Command, is_talked_to: bool) -> None:
+        assert command.programs <= PROGRAMS, f"nobody looked at what this does: {command.text}"
         if not command.serves:
             if self.server is None and command.asks_a_server:
                 self.serve("python -m web.serve")

@@ -15,6 +15,9 @@ from support import ROOT, require_service
 
 from nanogpt._version import __version__
 
+# Where the checkout has compiled nothing yet, the wheel's build does.
+pytestmark = pytest.mark.timeout(600)
+
 BUILD = [sys.executable, "-m", "build", "--no-isolation"]
 
 

@@ -1,6 +1,6 @@
 """Ray Serve as an operator runs it: a cluster, ``serve run`` with our configuration file, requests through the proxy.
 
-Slow: Ray starts a dozen processes (half a minute on two idle cores), once for all of these tests.
+Run by ``make ray-test``: Ray starts a dozen processes (half a minute on two idle cores), once for all of these tests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from http_support import read_events, wait_for
 from ray_support import START_S, Cluster, free_port
 from support import ROOT, require_service
 
-pytestmark = [pytest.mark.slow, pytest.mark.services, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.services, pytest.mark.timeout(600)]
 
 ENDLESS = {"prompt": "To be", "max_length": 1_000_000, "cache": False}
 
@@ -94,7 +94,7 @@ def test_tokens_come_one_by_one_and_a_client_that_leaves_stops_its_text(cluster:
         assert answer.headers["Content-Type"].startswith("text/event-stream")
         events = read_events(answer)
         assert all(next(events)[0] == "message" for _ in range(10))
-        assert _num_running(cluster) == 1
+        wait_for(lambda: _num_running(cluster) == 1, 30, "it runs")
     wait_for(lambda: _num_running(cluster) == 0, 30, "the text is aborted")
 
 

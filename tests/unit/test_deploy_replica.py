@@ -18,6 +18,7 @@ from nanogpt.deploy.exchange import Head, Request
 from nanogpt.deploy.metrics_page import merge
 from nanogpt.deploy.replica import Replica, replica_settings
 from nanogpt.deploy.wsgi_call import AppFailed, call, make_environ
+from nanogpt.engine import launch
 from nanogpt.errors import EngineUnhealthy, NanoGPTError, SettingsError
 from nanogpt.web.connection import make_client_gone
 
@@ -28,8 +29,16 @@ def request(path: str = "/generate", body: Any = None, method: str = "POST", **h
     return Request(method, path, "", tuple((name.replace("_", "-"), value) for name, value in told.items()), data)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def process_of_its_own() -> Iterator[None]:
+    """A replica's supervisor is that of its whole process; here other tests' clients follow, with servers of theirs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_started", None)
+        yield
+
+
 @pytest.fixture(scope="module")
-def replica() -> Iterator[Replica]:
+def replica(process_of_its_own: None) -> Iterator[Replica]:
     replica = Replica(replica_settings({"rate_limit": "off", "context_overflow": "crop"}, 1), "r1")
     yield replica
     replica.__del__()
