@@ -170,7 +170,7 @@ def test_auto_is_off_where_bits_depend_on_the_rows_of_a_step(caplog: pytest.LogC
 
 
 def test_the_setting_is_auto_off_or_a_number() -> None:
-    assert Settings.load({}, environ={}).speculate == "auto"
+    assert Settings.load({}, environ={}).speculate == "off"
     assert Settings.load({}, environ={"NANOGPT_SPECULATE": "4"}).speculate == "4"
     with pytest.raises(Exception, match=r"NANOGPT_SPECULATE is 'often'; it must be one of auto, off, 1, "):
         Settings.load({}, environ={"NANOGPT_SPECULATE": "often"})
