@@ -200,7 +200,7 @@ def metrics(service: Service) -> Iterator[Finding]:
     )
     if scrapes < _MIN_SCRAPES:
         yield warn(
-            f"/metrics was read {times(int(scrapes))}: nobody scrapes it.",
+            f"/metrics {'was read ' + times(int(scrapes)) if scrapes else 'has not been read yet'}: nobody scrapes it.",
             "Prometheus with deploy/prometheus/prometheus.yml does; the alerts lie beside it.",
         )
     else:
@@ -274,13 +274,12 @@ def load_test(service: Service) -> Iterator[Finding]:
 
 def largest_batch(metrics: dict[str, float]) -> int:
     """Above how many sequences the largest step was, from the histogram's buckets; 0 for none."""
-    buckets: list[tuple[float, float]] = []
+    buckets: dict[float, float] = {}  # of all models together
     for name, value in metrics.items():
         if name.startswith("nanogpt_step_sequences_bucket{") and (match := re.search(r'le="([^"]+)"', name)):
-            buckets.append((float(match[1]), value))
-    buckets.sort()
-    bounds = [0.0, *(bound for bound, _ in buckets)]
-    counts = [0.0, *(count for _, count in buckets)]
+            buckets[float(match[1])] = buckets.get(float(match[1]), 0.0) + value
+    bounds = [0.0, *sorted(buckets)]
+    counts = [0.0, *(buckets[bound] for bound in sorted(buckets))]
     rises = [i for i in range(1, len(counts)) if counts[i] > counts[i - 1]]
     return int(bounds[rises[-1] - 1]) + 1 if rises else 0
 

@@ -375,6 +375,16 @@ def test_the_largest_batch_is_read_off_the_histogram() -> None:
     assert live.largest_batch({}) == 0
 
 
+def test_the_histograms_of_two_models_are_one() -> None:
+    """A server with two checkpoints tells each one's steps."""
+    page = "".join(
+        f'nanogpt_step_sequences_bucket{{le="{le}",model_name="{model}"}} {count}\n'
+        for model, counts in (("a", (3, 3, 3)), ("b", (0, 7, 7)))
+        for le, count in zip(("1.0", "8.0", "+Inf"), counts, strict=True)
+    )
+    assert live.largest_batch(parse_metrics(page)) == 2
+
+
 @pytest.mark.parametrize(
     ("url", "error"),
     [
