@@ -47,7 +47,7 @@ class Seen:
 class Load:
     """Requests on plain sockets and one selector, each on a connection of its own.
 
-    It shares its processors with the server, so it is made to cost little: about a tenth of what asyncio's streams do.
+    It shares its processors with the server, so it is made to cost little.
     """
 
     def __init__(self, port: int) -> None:

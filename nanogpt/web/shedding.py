@@ -118,7 +118,8 @@ class LoadShedder:
         if now < memory.until:
             if isinstance(memory.error, TooManyRequests):
                 metrics.refused("requests")
-            raise memory.error
+            # One error for many refusals: with its traceback it would keep every one's frames.
+            raise memory.error.with_traceback(None)
         if memory.one_asks:
             self.note_full(caller)
 

@@ -185,6 +185,17 @@ def test_when_the_time_is_over_one_request_asks_for_all(clock: Clock) -> None:
     shedder.check(caller)
 
 
+def test_what_is_remembered_holds_no_refused_request(clock: Clock) -> None:
+    """The error is raised again and again; were its traceback kept, so were the frames of every request."""
+    _, shedder = make(clock)
+    depths = []
+    for _ in range(3):
+        with pytest.raises(QueueFull) as refused:
+            shedder.check(Caller("address:127.0.0.1"))
+        depths.append(len(refused.traceback))
+    assert depths == depths[:1] * 3
+
+
 def test_a_short_queue_is_always_asked(clock: Clock) -> None:
     _, shedder = make(clock, max_queue=15)
     assert not shedder.is_active
