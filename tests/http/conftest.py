@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from http_support import BIN, GUNICORN, Server
+from http_support import BIN, GUNICORN, Server, running
 from support import ROOT
 
 
@@ -37,9 +37,5 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server with four workers for tests that leave it as it was."""
     folder = tmp_path_factory.mktemp("server")
-    server = Server([str(BIN / "gunicorn"), "-w", "4", *GUNICORN[1:]], folder, {}, ROOT)
-    try:
-        server.wait_ready()
+    with running([str(BIN / "gunicorn"), "-w", "4", *GUNICORN[1:]], folder, {}, ROOT) as server:
         yield server
-    finally:
-        server.end()

@@ -155,6 +155,17 @@ class Server:
             client.close()
 
 
+@contextmanager
+def running(command: list[str], folder: Path, environment: dict[str, str], cwd: Path) -> Iterator[Server]:
+    """A server that is ready, and has ended with all its processes afterwards."""
+    server = Server(command, folder, environment, cwd)
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.end()
+
+
 TWO_WORKERS = ("gunicorn", "-w", "2", "-b", "127.0.0.1:0", "web.serve:app")
 GUNICORN = ("gunicorn", "-b", "127.0.0.1:0", "web.serve:app")
 ENDLESS = {"NANOGPT_CONTEXT_OVERFLOW": "crop", "NANOGPT_MAX_NEW_TOKENS": "10000000"}

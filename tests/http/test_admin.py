@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import requests
-from http_support import BIN, GUNICORN, START_S, TWO_WORKERS, Server, read_events, stream, wait_for
+from http_support import BIN, GUNICORN, START_S, TWO_WORKERS, Server, read_events, running, stream, wait_for
 from support import ROOT, find_shared
 
 SHARED = find_shared() or ROOT / "shared"
@@ -49,12 +49,10 @@ def server(shared: Path, tmp_path_factory: pytest.TempPathFactory, log: Path) ->
         "NANOGPT_FOLLOW_INTERVAL_S": "0.2",
         "NANOGPT_CONTEXT_OVERFLOW": "crop",  # texts as long as a test needs them
     }
-    server = Server([str(BIN / TWO_WORKERS[0]), *TWO_WORKERS[1:]], tmp_path_factory.mktemp("server"), environment, ROOT)
-    try:
-        server.wait_ready()
+    with running(
+        [str(BIN / TWO_WORKERS[0]), *TWO_WORKERS[1:]], tmp_path_factory.mktemp("server"), environment, ROOT
+    ) as server:
         yield server
-    finally:
-        server.end()
 
 
 @pytest.fixture(scope="module")

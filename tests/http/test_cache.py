@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import requests
-from http_support import BIN, ENDLESS, ENDLESS_BODY, GUNICORN, START_S, Server, read_events, stream, wait_for
+from http_support import BIN, ENDLESS, ENDLESS_BODY, GUNICORN, START_S, Server, read_events, running, stream, wait_for
 from support import ROOT
 
 from nanogpt.engine.client import EngineClient
@@ -21,12 +21,8 @@ SETTINGS = {**ENDLESS, "NANOGPT_ENGINE_WAIT_S": "60"}
 
 @pytest.fixture(scope="module")
 def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server([str(BIN / GUNICORN[0]), *GUNICORN[1:]], tmp_path_factory.mktemp("cache"), SETTINGS, ROOT)
-    try:
-        server.wait_ready()
+    with running([str(BIN / GUNICORN[0]), *GUNICORN[1:]], tmp_path_factory.mktemp("cache"), SETTINGS, ROOT) as server:
         yield server
-    finally:
-        server.end()
 
 
 def use(answer: requests.Response) -> str:

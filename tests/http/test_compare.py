@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import requests
-from http_support import BIN, GUNICORN, START_S, TWO_WORKERS, Server, read_events, stream, wait_for
+from http_support import BIN, GUNICORN, START_S, TWO_WORKERS, Server, read_events, running, stream, wait_for
 from support import ROOT, find_shared
 
 from nanogpt.engine.client import EngineClient
@@ -36,12 +36,10 @@ pytestmark = pytest.mark.usefixtures("shared")
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server([str(BIN / TWO_WORKERS[0]), *TWO_WORKERS[1:]], tmp_path_factory.mktemp("server"), ENVIRONMENT, ROOT)
-    try:
-        server.wait_ready()
+    with running(
+        [str(BIN / TWO_WORKERS[0]), *TWO_WORKERS[1:]], tmp_path_factory.mktemp("server"), ENVIRONMENT, ROOT
+    ) as server:
         yield server
-    finally:
-        server.end()
 
 
 def said(server: Server, model: str) -> str:

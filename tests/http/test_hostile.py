@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from http_support import BIN, ENDLESS, ENDLESS_BODY, START_S, TWO_WORKERS, Server, wait_for
+from http_support import BIN, ENDLESS, ENDLESS_BODY, START_S, TWO_WORKERS, Server, running, wait_for
 from support import ROOT
 
 SMALL = 4096
@@ -20,12 +20,8 @@ Start = Callable[..., Server]
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     command = [str(BIN / TWO_WORKERS[0]), *TWO_WORKERS[1:]]
-    server = Server(command, tmp_path_factory.mktemp("endless"), ENDLESS, ROOT)
-    try:
-        server.wait_ready()
+    with running(command, tmp_path_factory.mktemp("endless"), ENDLESS, ROOT) as server:
         yield server
-    finally:
-        server.end()
 
 
 def connect(server: Server, *, receive_bytes: int = 0) -> socket.socket:

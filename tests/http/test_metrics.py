@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from http_support import BIN, GUNICORN, START_S, Server, wait_for
+from http_support import BIN, GUNICORN, START_S, Server, running, wait_for
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 from support import ROOT, require_service
@@ -27,12 +27,10 @@ Samples = Counter[str]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("metrics")
-    server = Server([str(BIN / "gunicorn"), "-w", "4", *GUNICORN[1:]], folder, {"API_KEY": KEY["X-API-Key"]}, ROOT)
-    try:
-        server.wait_ready()
+    with running(
+        [str(BIN / "gunicorn"), "-w", "4", *GUNICORN[1:]], folder, {"API_KEY": KEY["X-API-Key"]}, ROOT
+    ) as server:
         yield server
-    finally:
-        server.end()
 
 
 def scrape(server: Server) -> Samples:

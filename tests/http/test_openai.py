@@ -15,7 +15,7 @@ import openai
 import pydantic
 import pytest
 import requests
-from http_support import BIN, ENDLESS, GUNICORN, Server, wait_for
+from http_support import BIN, ENDLESS, GUNICORN, Server, running, wait_for
 from support import ROOT
 
 from nanogpt.web.openai.answers import ChatAnswer, CompletionAnswer
@@ -39,12 +39,10 @@ def endless(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "NANOGPT_MAX_TOKENS_PER_REQUEST": "10000000",
         "MODEL_CHECKPOINT": str(shared / "checkpoints" / "02_nanogpt_bpe"),
     }
-    server = Server([str(BIN / "gunicorn"), *GUNICORN[1:]], tmp_path_factory.mktemp("endless"), environment, ROOT)
-    try:
-        server.wait_ready()
+    with running(
+        [str(BIN / "gunicorn"), *GUNICORN[1:]], tmp_path_factory.mktemp("endless"), environment, ROOT
+    ) as server:
         yield server
-    finally:
-        server.end()
 
 
 def complete(client: openai.OpenAI, **fields: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import requests
-from http_support import BIN, GUNICORN, START_S, Server, wait_for
+from http_support import BIN, GUNICORN, START_S, Server, running, wait_for
 from support import ROOT, require_service
 
 from nanogpt.web.metrics import metrics
@@ -97,12 +97,8 @@ class Prometheus:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     require_service("prometheus", shutil.which("prometheus") is not None, "Debian's package prometheus")
     folder = tmp_path_factory.mktemp("server")
-    server = Server([str(BIN / "gunicorn"), "-w", "2", *GUNICORN[1:]], folder, {"API_KEY": KEY}, ROOT)
-    try:
-        server.wait_ready()
+    with running([str(BIN / "gunicorn"), "-w", "2", *GUNICORN[1:]], folder, {"API_KEY": KEY}, ROOT) as server:
         yield server
-    finally:
-        server.end()
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from http_support import (
     TWO_WORKERS,
     Server,
     read_events,
+    running,
     stream,
     wait_for,
 )
@@ -89,12 +90,8 @@ def test_two_hundred_streams_at_once_none_lost_none_mixed_up(start: Start) -> No
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose texts end only when somebody ends them."""
     folder = tmp_path_factory.mktemp("endless")
-    server = Server([str(BIN / "gunicorn"), *TWO_WORKERS[1:]], folder, ENDLESS, ROOT)
-    try:
-        server.wait_ready()
+    with running([str(BIN / "gunicorn"), *TWO_WORKERS[1:]], folder, ENDLESS, ROOT) as server:
         yield server
-    finally:
-        server.end()
 
 
 @pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "whole"])

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from http_support import BIN, GUNICORN, START_S, Server, read_events, stream, wait_for
+from http_support import BIN, GUNICORN, START_S, Server, read_events, running, stream, wait_for
 from otlp_collector import Collector
 from support import ROOT
 
@@ -35,12 +35,8 @@ def server(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> It
         "API_KEY": "k",
     }
     folder = tmp_path_factory.mktemp("traced")
-    server = Server([str(BIN / "gunicorn"), "-w", "2", *GUNICORN[1:]], folder, environment, ROOT)
-    try:
-        server.wait_ready()
+    with running([str(BIN / "gunicorn"), "-w", "2", *GUNICORN[1:]], folder, environment, ROOT) as server:
         yield server
-    finally:
-        server.end()
 
 
 def traceparent(*, sampled: bool = True) -> tuple[str, str, str]:

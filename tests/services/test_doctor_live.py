@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_support import BIN, GUNICORN, START_S, Server, wait_for
+from http_support import BIN, GUNICORN, START_S, Server, running, wait_for
 from redis_server import RedisServer
 from support import ROOT, require_service
 from web_support import make_app
@@ -104,12 +104,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "NANOGPT_TRUSTED_PROXIES": "1",
         "RATE_LIMIT": "1000 per minute",
     }
-    server = Server([str(BIN / GUNICORN[0]), *GUNICORN[1:]], folder, environment, ROOT)
-    try:
-        server.wait_ready()
+    with running([str(BIN / GUNICORN[0]), *GUNICORN[1:]], folder, environment, ROOT) as server:
         yield server
-    finally:
-        server.end()
 
 
 def service(url: str) -> Service:

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import requests
-from http_support import BIN, ENDLESS, ENDLESS_BODY, START_S, Server, from_address, read_events, wait_for
+from http_support import BIN, ENDLESS, ENDLESS_BODY, START_S, Server, from_address, read_events, running, wait_for
 from nginx_support import MAIN, Nginx, certificate, free_port, guide_block
 from support import ROOT
 from web_support import EchoClient, make_app
@@ -62,12 +62,8 @@ def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @contextmanager
 def serve(folder: Path, port: int) -> Iterator[Server]:
     settings = {"NANOGPT_TRUSTED_PROXIES": "1", "RATE_LIMIT": "3 per minute", "ADMIN_KEY": "admin", **ENDLESS}
-    server = Server([str(BIN / "gunicorn"), "-b", f"127.0.0.1:{port}", "web.serve:app"], folder, settings, ROOT)
-    try:
-        server.wait_ready()
+    with running([str(BIN / "gunicorn"), "-b", f"127.0.0.1:{port}", "web.serve:app"], folder, settings, ROOT) as server:
         yield server
-    finally:
-        server.end()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import requests
 from browser_support import DESK, PHONE, PLACES, Visitor, check_with_axe, chromium
-from http_support import BIN, ENDLESS, GUNICORN, START_S, Server, wait_for
+from http_support import BIN, ENDLESS, GUNICORN, START_S, Server, running, wait_for
 from playwright.sync_api import Browser
 from support import ROOT
 
@@ -46,12 +46,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, limited_key: tuple[Path, st
         **ENDLESS, "MODEL_CHECKPOINT": str(model), "API_KEY": KEY, "NANOGPT_KEYS_FILE": str(limited_key[0]),
         "NANOGPT_ENGINE_WAIT_S": "0.2", "NANOGPT_MAX_PROMPT_CHARS": "777",
     }  # fmt: skip
-    server = Server([str(BIN / GUNICORN[0]), *GUNICORN[1:]], folder, environment, ROOT)
-    try:
-        server.wait_ready()
+    with running([str(BIN / GUNICORN[0]), *GUNICORN[1:]], folder, environment, ROOT) as server:
         yield server
-    finally:
-        server.end()
 
 
 @pytest.fixture(scope="module")

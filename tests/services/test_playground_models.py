@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from browser_support import PLACES, Visitor, check_with_axe, chromium
-from http_support import BIN, ENDLESS, GUNICORN, START_S, Server
+from http_support import BIN, ENDLESS, GUNICORN, START_S, Server, running
 from playwright.sync_api import Browser
 from support import ROOT, find_shared
 
@@ -29,12 +29,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "COMPARE_CHECKPOINT": str(CHECKPOINTS / SECOND),
         **ENDLESS,
     }
-    server = Server([str(BIN / GUNICORN[0]), *GUNICORN[1:]], tmp_path_factory.mktemp("playground"), environment, ROOT)
-    try:
-        server.wait_ready()
+    with running(
+        [str(BIN / GUNICORN[0]), *GUNICORN[1:]], tmp_path_factory.mktemp("playground"), environment, ROOT
+    ) as server:
         yield server
-    finally:
-        server.end()
 
 
 @pytest.fixture(scope="module")
