@@ -9,6 +9,7 @@
 //   15 bits          (attention)         an integer a, |a| <= 16383
 // A shared exponent costs one product and a shift a group where 15 bits cost two products. For machines whose unit wants
 // it (AMX) or that multiply int16 anyway (AVX2) the shift is made beforehand: a = q << e. Same number, same bits.
+// Products with int4 take q as bytes everywhere.
 #pragma once
 
 #include "layout.h"
@@ -41,18 +42,32 @@ struct Ahead {
 NG_INLINE void store_bytes(uint8_t* to, const I32& a) {
 #if defined(__AVX512F__)
   _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)a.v[0]));
+#elif defined(__AVX2__)
+  // The low bytes alone, as the other instruction sets take them: packing would saturate.
+  const __m256i pick = _mm256_set1_epi64x(0x0c080400), low = _mm256_permutevar8x32_epi32(
+      _mm256_unpacklo_epi32(_mm256_shuffle_epi8((__m256i)a.v[0], pick), _mm256_shuffle_epi8((__m256i)a.v[1], pick)),
+      _mm256_setr_epi32(0, 4, 1, 5, 2, 3, 6, 7));
+  _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(low));
 #else
   alignas(64) int32_t t[16];
   store(t, a);
   for (int j = 0; j < 16; j++) to[j] = uint8_t(t[j]);
 #endif
 }
+// In AVX2's order, see there.
 NG_INLINE void store_shorts(uint8_t* to, const I32& a) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i halves = _mm256_packs_epi32((__m256i)a.v[0], (__m256i)a.v[1]);
+  const __m256i in_order = _mm256_permute4x64_epi64(halves, _MM_SHUFFLE(3, 1, 2, 0));
+  const __m256i low = _mm256_shufflelo_epi16(in_order, _MM_SHUFFLE(3, 1, 2, 0));
+  _mm256_storeu_si256((__m256i*)to, _mm256_shufflehi_epi16(low, _MM_SHUFFLE(3, 1, 2, 0)));
+#else
   alignas(64) int32_t t[16];
   store(t, a);
   int16_t s[16];
   for (int j = 0; j < 16; j++) s[j] = int16_t(t[j]);
   std::memcpy(to, s, 32);
+#endif
 }
 // Sixteen 15-bit values to elements i .. i + 16.
 NG_INLINE void put_planes(uint8_t* row, int plane, int i, const I32& a) {
@@ -204,7 +219,83 @@ inline void dot_15(const uint8_t* a, size_t a_stride, int plane, const uint8_t* 
   });
 }
 
-// ---- int16 products: AVX2, and plain C++ ------------------------------------------------------------------------------
+// ---- AVX2: int16 products ---------------------------------------------------------------------------------------------
+
+#elif defined(__AVX2__)
+constexpr int kMaxRows = 5;  // two accumulators each, four registers of weights, and one to spare
+constexpr int kPanelsAtOnce = 1;
+
+// acc += products of int16, two a lane / of u8 x s8 into int16, two a lane. As instructions: from intrinsics GCC 12 makes
+// sums of products first, which takes more registers than there are.
+NG_INLINE void multiply_add(__m256i& acc, const __m256i& w, const __m256i& a) {
+  __m256i product;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(w), "x"(a));
+}
+NG_INLINE void multiply_add_bytes(__m256i& acc, const __m256i& w, const __m256i& a) {
+  __m256i product;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(w), "x"(a));
+}
+NG_INLINE __m256i broadcast4(const uint8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  return _mm256_set1_epi32(four);
+}
+
+// Weights become int16 by a mask and a shift, which leaves the inputs 0 and 2 of four in one register and 1 and 3 in
+// another. So activations lie in the order 0 2 1 3. A product of two of them sums up a column in its own lane.
+template <int R>
+NG_INLINE void dot_shorts(const uint8_t* a, size_t a_stride, const uint8_t* w, int kq, __m256i (&acc)[R][2]) {
+  const __m256i mask = _mm256_set1_epi16(255);
+  for (int k = 0; k < kq; k++, a += 8, w += 64) {
+    __m256i even[2], odd[2];
+    each<2>(NG_BODY(h) {
+      const __m256i both = _mm256_loadu_si256((const __m256i*)(w + 32 * h));
+      even[h] = _mm256_and_si256(both, mask);
+      odd[h] = _mm256_srli_epi16(both, 8);
+    });
+    each<R>(NG_BODY(r) {
+      const __m256i v02 = broadcast4(a + r * a_stride);
+      each<2>(NG_BODY(h) { multiply_add(acc[r][h], even[h], v02); });
+      const __m256i v13 = broadcast4(a + r * a_stride + 4);
+      each<2>(NG_BODY(h) { multiply_add(acc[r][h], odd[h], v13); });
+    });
+  }
+}
+template <int R>
+NG_INLINE void put_sums(const __m256i (&acc)[R][2], int32_t* out, int ldo) {
+  each<R>(NG_BODY(r) {
+    each<2>(NG_BODY(h) { _mm256_storeu_si256((__m256i*)(out + r * ldo + 8 * h), acc[r][h]); });
+  });
+}
+
+template <int R, int P>
+inline void dot_15(const uint8_t* a, size_t a_stride, int, const uint8_t* w, size_t, int kq, const int32_t* offsets,
+                   int32_t* out, int ldo, bool add) {
+  static_assert(P == 1, "one panel fills the registers");
+  __m256i acc[R][2];
+  each<R>(NG_BODY(r) {
+    each<2>(NG_BODY(h) {
+      acc[r][h] = add ? _mm256_loadu_si256((const __m256i*)(out + r * ldo + 8 * h)) : _mm256_set1_epi32(-offsets[r]);
+    });
+  });
+  dot_shorts<R>(a, a_stride, w, kq, acc);
+  put_sums<R>(acc, out, ldo);
+}
+
+template <int R, int P>
+inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo*, const uint8_t* w, size_t, int groups,
+                       const int32_t* offsets, int32_t* out, int ldo, Ahead ahead) {
+  static_assert(P == 1, "one panel fills the registers");
+  __m256i acc[R][2];
+  each<R>(NG_BODY(r) { each<2>(NG_BODY(h) { acc[r][h] = _mm256_set1_epi32(-offsets[r]); }); });
+  for (int g = 0; g < groups; g++, a += 2 * kGroup, w += kLanes * kGroup) {
+    dot_shorts<R>(a, a_stride, w, kGroup / 4, acc);
+    for (int i = 0; i < ahead.lines; i++, ahead.next += 64) prefetch(ahead.next);
+  }
+  put_sums<R>(acc, out, ldo);
+}
+
+// ---- plain C++ ----------------------------------------------------------------------------------------------------------
 
 #else
 constexpr int kMaxRows = 3;
@@ -213,32 +304,7 @@ constexpr int kPanelsAtOnce = 1;
 template <int R, int P>
 inline void dot_15(const uint8_t* a, size_t a_stride, int, const uint8_t* w, size_t, int kq, const int32_t* offsets,
                    int32_t* out, int ldo, bool add) {
-  static_assert(P == 1, "one panel fills the registers");
-#if defined(__AVX2__)
-  __m256i acc[R][4];  // four columns each, two partial sums a column
-  each<R>(NG_BODY(r) { each<4>(NG_BODY(c) { acc[r][c] = _mm256_setzero_si256(); }); });
-  for (int k = 0; k < kq; k++, a += 8, w += 64) {
-    __m256i va[R];
-    each<R>(NG_BODY(r) {
-      int64_t four;
-      std::memcpy(&four, a + r * a_stride, 8);
-      va[r] = _mm256_set1_epi64x(four);
-    });
-    each<4>(NG_BODY(c) {
-      const __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(w + 16 * c)));
-      each<R>(NG_BODY(r) { acc[r][c] = _mm256_add_epi32(acc[r][c], _mm256_madd_epi16(va[r], b)); });
-    });
-  }
-  each<R>(NG_BODY(r) {
-    each<2>(NG_BODY(half) {
-      // hadd works in halves: columns 0 1 4 5 | 2 3 6 7 of the eight; the permutation puts them in order.
-      const __m256i pairs = _mm256_hadd_epi32(acc[r][2 * half], acc[r][2 * half + 1]);
-      const __m256i s = _mm256_permute4x64_epi64(pairs, _MM_SHUFFLE(3, 1, 2, 0));
-      __m256i* o = (__m256i*)(out + r * ldo + 8 * half);
-      _mm256_storeu_si256(o, _mm256_add_epi32(s, add ? _mm256_loadu_si256(o) : _mm256_set1_epi32(-offsets[r])));
-    });
-  });
-#else
+  static_assert(P == 1, "one panel at a time");
   for (int r = 0; r < R; r++) {
     uint32_t acc[16] = {};
     for (int k = 0; k < kq; k++) {
@@ -251,7 +317,6 @@ inline void dot_15(const uint8_t* a, size_t a_stride, int, const uint8_t* w, siz
     int32_t* o = out + r * ldo;
     for (int c = 0; c < 16; c++) o[c] = int32_t(acc[c] + (add ? uint32_t(o[c]) : -uint32_t(offsets[r])));
   }
-#endif
 }
 
 template <int R, int P>
@@ -265,55 +330,93 @@ inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo*, cons
 
 // Groups of 64 inputs with their own scale. Inside a group sums are exact; over groups floats are added in the order of
 // the inputs. A group of a panel: 512 bytes (byte j of 64 * i: column j / 4, inputs 4 i + j % 4 in the low half of the
-// byte and 32 + 4 i + j % 4 in the high one, both + 8), then 16 bf16 scales.
+// byte and 32 + 4 i + j % 4 in the high one, both + 8), then 16 bf16 scales. Activations are bytes on every machine.
+//
+// The sums of one group's products, for R rows and 16 columns: less 8 times the activations' sum, not yet shifted.
+template <int R>
+NG_INLINE void dot_group(const uint8_t* a, size_t a_stride, const uint8_t* w, const int32_t* offsets, I32 (&sums)[R]) {
+#if defined(__AVX512VNNI__)
+  __m512i acc[R];
+  each<R>(NG_BODY(r) { acc[r] = _mm512_set1_epi32(-offsets[r]); });
+  const __m512i mask = _mm512_set1_epi8(15);
+  each<8>(NG_BODY(i) {
+    const __m512i both = _mm512_loadu_si512(w + 64 * i);
+    const __m512i b0 = _mm512_and_si512(both, mask), b1 = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+    each<R>(NG_BODY(r) {
+      const uint8_t* row = a + r * a_stride + 4 * i;
+      multiply_add(acc[r], b0, broadcast4(row));
+      multiply_add(acc[r], b1, broadcast4(row + 32));
+    });
+  });
+  each<R>(NG_BODY(r) { sums[r].v[0] = (NativeU)acc[r]; });
+#elif defined(__AVX2__)
+  // Pairs of products of 4 with 8 bits are at most 2 * 15 * 127: eight of them fit an int16.
+  const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  each<2>(NG_BODY(h) {
+    __m256i low[R], high[R];
+    each<R>(NG_BODY(r) { low[r] = high[r] = _mm256_setzero_si256(); });
+    for (int i = 0; i < 8; i++) {
+      const __m256i both = _mm256_loadu_si256((const __m256i*)(w + 64 * i + 32 * h));
+      const __m256i b0 = _mm256_and_si256(both, mask), b1 = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+      each<R>(NG_BODY(r) {
+        const uint8_t* row = a + r * a_stride + 4 * i;
+        multiply_add_bytes(low[r], b0, broadcast4(row));
+        multiply_add_bytes(high[r], b1, broadcast4(row + 32));
+      });
+    }
+    each<R>(NG_BODY(r) {
+      const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(low[r], ones), _mm256_madd_epi16(high[r], ones));
+      sums[r].v[h] = (NativeU)_mm256_sub_epi32(both, _mm256_set1_epi32(offsets[r]));
+    });
+  });
+#elif defined(__ARM_FEATURE_DOTPROD)
+  int32x4_t acc[R][4];
+  each<R>(NG_BODY(r) { each<4>(NG_BODY(c) { acc[r][c] = vdupq_n_s32(0); }); });
+  for (int i = 0; i < 8; i++, a += 4, w += 64) {
+    int8x16_t b0[4], b1[4];  // signed: w + 8 - 8
+    each<4>(NG_BODY(c) {
+      const uint8x16_t both = vld1q_u8(w + 16 * c);
+      b0[c] = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15))), vdupq_n_s8(8));
+      b1[c] = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(both, 4)), vdupq_n_s8(8));
+    });
+    each<R>(NG_BODY(r) {
+      const int8x16_t x0 = broadcast4(a + r * a_stride), x1 = broadcast4(a + r * a_stride + 32);
+      each<4>(NG_BODY(c) { acc[r][c] = vdotq_s32(vdotq_s32(acc[r][c], b0[c], x0), b1[c], x1); });
+    });
+  }
+  (void)offsets;
+  each<R>(NG_BODY(r) { each<4>(NG_BODY(c) { sums[r].v[c] = (NativeU)vreinterpretq_u32_s32(acc[r][c]); }); });
+#else
+  for (int r = 0; r < R; r++) {
+    alignas(64) int32_t acc[16];
+    for (int c = 0; c < 16; c++) acc[c] = -offsets[r];
+    for (int i = 0; i < 512; i++) {
+      const int8_t* x = reinterpret_cast<const int8_t*>(a + r * a_stride) + i / 64 * 4 + i % 4;
+      acc[i % 64 / 4] += (w[i] & 15) * x[0] + (w[i] >> 4) * x[32];
+    }
+    sums[r] = load(acc);
+  }
+#endif
+}
+
 template <int R>
 inline void dot_i4(const uint8_t* a, size_t a_stride, const GroupInfo* info, const uint8_t* w, int groups, float* out,
-                   int ldo) {
+                   int ldo, Ahead ahead) {
   F32 total[R];
   each<R>(NG_BODY(r) { total[r] = splat(0.0f); });
-  for (int g = 0; g < groups; g++, w += kGroupBytes, info++) {
-    alignas(64) int32_t s[R * 16];
-    alignas(64) uint32_t scale[16];
-    uint16_t small_scale[16];
-    std::memcpy(small_scale, w + 512, 32);
-    for (int c = 0; c < 16; c++) scale[c] = uint32_t(small_scale[c]) << 16;
-    int32_t offsets[R];  // in the unit of the values: 8 times their sum
-    int32_t exponents[R];
+  for (int g = 0; g < groups; g++, a += kGroup, w += kGroupBytes, info++) {
+    int32_t offsets[R], exponents[R];
     each<R>(NG_BODY(r) {
       GroupInfo one;
       std::memcpy(&one, (const uint8_t*)info + r * a_stride, sizeof one);
       exponents[r] = one.exponent;
       offsets[r] = one.sum * 8;
     });
-#if defined(__AVX512VNNI__)
-    __m512i acc[R];
-    each<R>(NG_BODY(r) { acc[r] = _mm512_set1_epi32(-offsets[r]); });
-    const __m512i mask = _mm512_set1_epi8(15);
-    each<8>(NG_BODY(i) {
-      const __m512i both = _mm512_loadu_si512(w + 64 * i);
-      const __m512i b0 = _mm512_and_si512(both, mask), b1 = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
-      each<R>(NG_BODY(r) {
-        const uint8_t* row = a + r * a_stride + size_t(kGroup) * g + 4 * i;
-        multiply_add(acc[r], b0, broadcast4(row));
-        multiply_add(acc[r], b1, broadcast4(row + 32));
-      });
-    });
-    each<R>(NG_BODY(r) { _mm512_store_si512(s + 16 * r, _mm512_slli_epi32(acc[r], exponents[r])); });
-#else
-    uint8_t wide[1024];
-    for (int i = 0; i < 512; i++) {
-      wide[i] = w[i] & 15;
-      wide[512 + i] = w[i] >> 4;
-    }
-    each<R>(NG_BODY(r) { offsets[r] = offsets[r] << exponents[r]; });
-#if defined(__ARM_FEATURE_DOTPROD)
-    for (uint8_t& byte : wide) byte = uint8_t(byte + 120);  // signed there: w + 8 - 8, with the top bit turned
-#endif
-    dot_shared<R, 1>(a + size_t(kBytes ? kGroup : 2 * kGroup) * g, a_stride, info, wide, 0, 1, offsets, s, 16, {});
-#endif
-    F32 by;
-    std::memcpy(&by, scale, 64);
-    each<R>(NG_BODY(r) { total[r] = fma(to_float(load(s + 16 * r)), by, total[r]); });
+    I32 sums[R];
+    dot_group<R>(a, a_stride, w, offsets, sums);
+    const F32 scale = load_bf16(w + 512);
+    each<R>(NG_BODY(r) { total[r] = fma(to_float(shift_left(sums[r], exponents[r])), scale, total[r]); });
+    for (int i = 0; i < ahead.lines; i++, ahead.next += 64) prefetch(ahead.next);
   }
   each<R>(NG_BODY(r) { store(out + r * ldo, total[r]); });
 }

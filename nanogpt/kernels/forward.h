@@ -20,13 +20,15 @@ NG_INLINE int imax(int a, int b) { return a > b ? a : b; }
 
 constexpr size_t kBlockBytes = 393216;
 
+enum class ActFormat { kBytes, kShorts, kPlanes };  // what a matrix product takes: dot.h; planes are AMX's
+
 // What a matrix product takes: rows of quantized (or float) activations with one scale a row.
 struct Act {
   const uint8_t* data;
   size_t stride;
   const float* scale;
   const int32_t* offset;  // 128 times the row's sum of quantized activations (dot.h)
-  bool planes;            // two planes, for AMX
+  ActFormat format;
 };
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
@@ -55,7 +57,8 @@ inline float quantize_15(const float* x, int n, int n_pad, int limit, uint8_t* o
 }
 
 // The same for a matrix's input: in every group of 64 the integers are rounded to eight bits and a common exponent.
-inline float quantize_shared(const float* x, int n, int n_pad, int limit, bool planes, uint8_t* out, int32_t* offset) {
+inline float quantize_shared(const float* x, int n, int n_pad, int limit, ActFormat format, uint8_t* out,
+                             int32_t* offset) {
   const float top = largest_size(x, n);
   const F32 inverse = splat(top > kTiny ? float(limit) / top : 0.0f);
   uint32_t row_sum = 0;
@@ -75,9 +78,9 @@ inline float quantize_shared(const float* x, int n, int n_pad, int limit, bool p
       I32 q = shift_right_signed(a[j] + half, e);
       q = select(less(most, q), most, q);
       total = total + q;
-      if (planes)
+      if (format == ActFormat::kPlanes)
         put_planes(out, n_pad, i, shift_left(q, e));
-      else if (kBytes)
+      else if (format == ActFormat::kBytes)
         store_bytes(out + i, q);
       else
         store_shorts(out + 2 * i, shift_left(q, e));
@@ -118,7 +121,7 @@ NG_INLINE void phase(const Step& s, Cursor& cursor, int num_chunks, const Body& 
 
 // A matrix's input, rows [first, last): `make(row, floats)` gives one row as floats (written to `floats`, or its own).
 template <class Make>
-NG_INLINE void prepare(const Matrix& m, int first, int last, bool planes, uint8_t* act, size_t stride, float* scale,
+NG_INLINE void prepare(const Matrix& m, int first, int last, ActFormat format, uint8_t* act, size_t stride, float* scale,
                        int32_t* offset, float* floats, const Make& make) {
   for (int r = first; r < last; r++) {
     uint8_t* to = act + r * stride;
@@ -127,7 +130,7 @@ NG_INLINE void prepare(const Matrix& m, int first, int last, bool planes, uint8_
       if (x != reinterpret_cast<float*>(to)) std::memcpy(to, x, sizeof(float) * round_up(m.k, 16));
       scale[r] = 1.0f;
     } else {
-      scale[r] = quantize_shared(make(r, floats), m.k, m.k_pad, m.act_max, planes, to, offset + r);
+      scale[r] = quantize_shared(make(r, floats), m.k, m.k_pad, m.act_max, format, to, offset + r);
     }
   }
 }
@@ -167,9 +170,8 @@ NG_INLINE void dot_rows(int rows, const Matrix& m, const uint8_t* a, size_t a_st
       dot_shared<R, P>(a, a_stride, info, w, m.panel_bytes, m.k_pad / kGroup, offsets, out, ld, ahead);
     } else if (m.kind == Kind::kF32) {
       dot_f32<R, P>((const float*)a, a_stride / 4, (const float*)w, m.panel_bytes / 4, m.k, (float*)out, ld, false);
-    } else {
-      for (int p = 0; p < P; p++)
-        dot_i4<R>(a, a_stride, info, w + p * m.panel_bytes, m.k_pad / kGroup, (float*)out + kLanes * p, ld);
+    } else if constexpr (P == 1) {
+      dot_i4<R>(a, a_stride, info, w, m.k_pad / kGroup, (float*)out, ld, ahead);
     }
   }
 }
@@ -178,7 +180,7 @@ NG_INLINE void dot_rows(int rows, const Matrix& m, const uint8_t* a, size_t a_st
 inline void matmul_part(const Matrix& m, const Act& act, int r0, int n, int first, int last, float* out, size_t ldo,
                         Then then) {
 #if defined(NANOGPT_AMX)
-  if (act.planes) {
+  if (act.format == ActFormat::kPlanes) {
     amx_matmul(m, act.data + r0 * act.stride, act.stride, act.offset + r0, n, first, last,
                [&](const int32_t* sums, int r, int count, int panel, int panels) {
                  finish(m, sums, 2 * kLanes, count, panel * kLanes, panels * kLanes, act.scale + r0 + r,
@@ -191,14 +193,15 @@ inline void matmul_part(const Matrix& m, const Act& act, int r0, int n, int firs
   const int groups = (n + kMaxRows - 1) / kMaxRows;
   for (int p = first; p < last;) {
     int width = 1;
-    if (kPanelsAtOnce == 4) width = n <= 3 && last - p >= 4 ? 4 : last - p >= 2 ? 2 : 1;
+    if (kPanelsAtOnce == 4 && m.kind != Kind::kI4) width = n <= 3 && last - p >= 4 ? 4 : last - p >= 2 ? 2 : 1;
     for (int g = 0; g < groups; g++) {
       const int r = r0 + n * g / groups, count = r0 + n * (g + 1) / groups - r;
       const uint8_t* a = act.data + r * act.stride;
       // Each group of rows fetches its part of the next panels. Up to three rows the processor's own prefetcher is as
       // good, and the instructions would be felt.
-      const int lines = n <= 3 ? 0 : (16 * width + groups - 1) / groups;
-      const Ahead ahead{m.data + size_t(p + width) * m.panel_bytes + size_t(g) * lines * 64 * (m.k_pad / kGroup), lines};
+      const int depth = m.k_pad / kGroup, all_lines = int(m.panel_bytes / depth + 63) / 64 * width;
+      const int lines = n <= 3 ? 0 : (all_lines + groups - 1) / groups;
+      const Ahead ahead{m.data + size_t(p + width) * m.panel_bytes + size_t(g) * lines * 64 * depth, lines};
       if constexpr (kPanelsAtOnce == 4) {
         if (width == 4) dot_rows<4, 3>(count, m, a, act.stride, act.offset + r, p, sums, 64, ahead);
         if (width == 2) dot_rows<2>(count, m, a, act.stride, act.offset + r, p, sums, 64, ahead);
@@ -219,16 +222,15 @@ NG_INLINE void matmul(const Step& s, Cursor& cursor, const Matrix& m, int rows, 
   const bool own = rows <= kOwnRows;
   float* scale = own ? scratch.act_scale : s.act_scale;
   int32_t* offset = own ? scratch.act_offset : s.act_offset;
+  ActFormat format = kBytes || m.kind == Kind::kI4 ? ActFormat::kBytes : ActFormat::kShorts;
 #if defined(NANOGPT_AMX)
-  const bool planes = rows >= kAmxRows && m.kind == Kind::kI8;
-#else
-  const bool planes = false;
+  if (rows >= kAmxRows && m.kind == Kind::kI8) format = ActFormat::kPlanes;
 #endif
-  const Act act{own ? scratch.act : s.act, s.act_stride, scale, offset, planes};
+  const Act act{own ? scratch.act : s.act, s.act_stride, scale, offset, format};
   if (!own) {
     const int per_chunk = imax(1, rows / (4 * s.team->size()));
     phase(s, cursor, (rows + per_chunk - 1) / per_chunk, [&](int chunk) {
-      prepare(m, chunk * per_chunk, imin(rows, (chunk + 1) * per_chunk), planes, s.act, s.act_stride, scale, offset,
+      prepare(m, chunk * per_chunk, imin(rows, (chunk + 1) * per_chunk), format, s.act, s.act_stride, scale, offset,
               scratch.row, make);
     });
   }
@@ -239,7 +241,7 @@ NG_INLINE void matmul(const Step& s, Cursor& cursor, const Matrix& m, int rows, 
   const int width = imax(4, round_up(panels * blocks / (4 * s.team->size()) + 1, 4)), strips = (panels + width - 1) / width;
   bool prepared = !own;
   phase(s, cursor, blocks * strips, [&](int chunk) {
-    if (!prepared) prepare(m, 0, rows, planes, scratch.act, s.act_stride, scale, offset, scratch.row, make);
+    if (!prepared) prepare(m, 0, rows, format, scratch.act, s.act_stride, scale, offset, scratch.row, make);
     prepared = true;
     const int r0 = rows * (chunk / strips) / blocks, r1 = rows * (chunk / strips + 1) / blocks;
     const int first = chunk % strips * width;
@@ -511,7 +513,7 @@ inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch)
 
 // ---- the model ------------------------------------------------------------------------------------------------------
 
-inline void forward(const Step& s, Cursor& cursor) {
+inline void forward(const Step& s, Cursor& cursor, int64_t& last) {
   const Weights& w = *s.weights;
   const Config& c = w.config;
   const int rows = s.num_rows, row_chunks = imin(rows, 4 * s.team->size());
@@ -527,12 +529,14 @@ inline void forward(const Step& s, Cursor& cursor) {
       for (int i = 0; i < c.n_embd; i++) x[i] = x[i] + p[i];
     }
   });
+  lap(s, cursor, Part::kEmbedding, last);
   for (int i = 0; i < c.n_layer; i++) {
     const Layer& layer = w.layers[i];
     matmul(s, cursor, layer.qkv, rows, s.qkv, s.ldqkv, Then::kStore, [&](int r, float* out) {
       layer_norm(s.x + r * s.ldx, c.n_embd, layer.ln1_w, layer.ln1_b, c.eps, out);
       return out;
     });
+    lap(s, cursor, Part::kQkv, last);
     if (s.any_kv_first) {
       phase(s, cursor, row_chunks, [&](int chunk) {
         for (int r = rows * chunk / row_chunks; r < rows * (chunk + 1) / row_chunks; r++)
@@ -541,12 +545,16 @@ inline void forward(const Step& s, Cursor& cursor) {
       });
     }
     phase(s, cursor, s.num_tasks, [&](int task) { attend(s, i, s.tasks[task], s.scratch[cursor.thread]); });
+    lap(s, cursor, Part::kAttention, last);
     matmul(s, cursor, layer.proj, rows, s.x, s.ldx, Then::kAdd, [&](int r, float*) { return s.att + r * s.ldx; });
+    lap(s, cursor, Part::kProj, last);
     matmul(s, cursor, layer.fc, rows, s.h, s.ldh, gelu, [&](int r, float* out) {
       layer_norm(s.x + r * s.ldx, c.n_embd, layer.ln2_w, layer.ln2_b, c.eps, out);
       return out;
     });
+    lap(s, cursor, Part::kFc, last);
     matmul(s, cursor, layer.fc_proj, rows, s.x, s.ldx, Then::kAdd, [&](int r, float*) { return s.h + r * s.ldh; });
+    lap(s, cursor, Part::kFcProj, last);
   }
 }
 

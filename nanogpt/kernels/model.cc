@@ -3,6 +3,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <new>
 
@@ -25,20 +27,36 @@ struct Carver {
   }
 };
 
+int64_t now_ns() {
+  return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 void whole_step(const Step& s, Cursor cursor) {
-  s.isa->forward(s, cursor);
+  int64_t last = s.part_ns ? now_ns() : 0;
+  s.isa->forward(s, cursor, last);
   if (s.num_out == 0) return;
   s.isa->head(s, cursor);
+  lap(s, cursor, Part::kHead, last);
   for (int i; (i = s.team->take(cursor, s.num_out)) >= 0;)
     s.drawn[i] = sample(s.logits + i * s.ld_logits, s.weights->config.num_tokens, s.sampling[i], s.isa->lane_maxima,
                         s.sampler_scratch[cursor.thread]);
   s.team->finish(cursor, s.num_out);
+  lap(s, cursor, Part::kSampling, last);
 }
 void head_alone(const Step& s, Cursor cursor) { s.isa->head(s, cursor); }
+
+constexpr int kRowsAtOnce = 32, kSmallSteps = 64;
 
 uint8_t* aligned(uint8_t* p) { return p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64; }
 
 }  // namespace
+
+void lap(const Step& s, const Cursor& cursor, Part part, int64_t& last) {
+  if (!s.part_ns || cursor.thread) return;
+  const int64_t now = now_ns();
+  s.part_ns[int(part)] += now - last;
+  last = now;
+}
 
 Model::Model(const Config& config, const std::vector<Kind>& kinds, const uint8_t* packed, int num_slots, int threads,
              const std::string& isa)
@@ -90,24 +108,34 @@ Model::~Model() {
   if (kv_base_) munmap(kv_base_, kv_bytes_);
 }
 
+// Buffers for `rows`, with some room. A prompt's are given back when none has come for a while: its rows take more memory
+// than the decoding of all slots, and that lasts longer.
 void Model::reserve(int rows) {
-  if (rows <= reserved_rows_) return;
+  const int wanted = std::max(round_up(rows, kRowsAtOnce), kRowsAtOnce);
+  small_steps_ = 2 * wanted <= reserved_rows_ ? small_steps_ + 1 : 0;
+  if (wanted <= reserved_rows_ && small_steps_ < kSmallSteps) return;
   auto carve = [&](Carver c) {
-    step_.x = c.take<float>(rows * step_.ldx);
-    step_.att = c.take<float>(rows * step_.ldx);
-    step_.qkv = c.take<float>(rows * step_.ldqkv + 16);
-    step_.h = c.take<float>(rows * step_.ldh);
-    step_.act = c.take<uint8_t>((rows + 16) * step_.act_stride);  // AMX reads whole blocks of 16 rows
-    step_.act_scale = c.take<float>(rows);
-    step_.act_offset = c.take<int32_t>(rows);
+    step_.x = c.take<float>(wanted * step_.ldx);
+    step_.att = c.take<float>(wanted * step_.ldx);
+    step_.qkv = c.take<float>(wanted * step_.ldqkv + 16);
+    step_.h = c.take<float>(wanted * step_.ldh);
+    step_.act = c.take<uint8_t>((wanted + 16) * step_.act_stride);  // AMX reads whole blocks of 16 rows
+    step_.act_scale = c.take<float>(wanted);
+    step_.act_offset = c.take<int32_t>(wanted);
     return c.used;
   };
   team_.quiesce();
-  // Zero, because the columns between a width and its multiple of 64 are read and never written.
   rows_memory_.reset();
-  rows_memory_ = std::make_unique<uint8_t[]>(carve({nullptr}) + 64);
+  // Zero, because the columns between a width and its multiple of 64 are read and never written.
+  const size_t bytes = carve({nullptr}) + 64;
+  rows_memory_.reset(static_cast<uint8_t*>(std::calloc(bytes, 1)));
+  if (!rows_memory_) {
+    reserved_rows_ = 0;
+    throw std::bad_alloc();
+  }
   carve({aligned(rows_memory_.get())});
-  reserved_rows_ = rows;
+  reserved_rows_ = wanted;
+  small_steps_ = 0;
 }
 
 // Attention in pieces of about equal work, several a thread: whole sequences where there are many, heads of a sequence

@@ -1,6 +1,7 @@
 // A packed model with its K/V slots and its threads: everything behind one runner. Not thread safe: one caller at a time.
 #pragma once
 
+#include <cstdlib>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -43,6 +44,12 @@ class Model {
 
   const Config& config() const { return weights_.config; }
   size_t ld_logits() const { return size_t(weights_.head.n_pad); }
+  // From now on the time of each part of the steps is counted, from zero.
+  void time_parts() {
+    part_ns_.assign(kNumParts, 0);
+    step_.part_ns = part_ns_.data();
+  }
+  const std::vector<int64_t>& part_ns() const { return part_ns_; }  // in the order of Part
   int spare_slot() const { return num_slots_; }  // one slot more than asked for, for `logits`
   int num_slots() const { return num_slots_; }
   const char* isa() const { return isa_->name; }
@@ -59,9 +66,14 @@ class Model {
   Team team_;
   uint8_t* kv_base_ = nullptr;
   size_t kv_bytes_ = 0;
-  int reserved_rows_ = 0;
-  std::unique_ptr<uint8_t[]> rows_memory_, thread_memory_;
+  int reserved_rows_ = 0, small_steps_ = 0;  // small: steps in a row that needed less than half of the buffers
+  struct Free {
+    void operator()(uint8_t* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<uint8_t[], Free> rows_memory_;
+  std::unique_ptr<uint8_t[]> thread_memory_;
   std::vector<float> logits_;
+  std::vector<int64_t> part_ns_;
   std::vector<int32_t> positions_, row_span_;
   std::vector<Span> spans_;
   std::vector<Task> tasks_;

@@ -140,6 +140,14 @@ class PyModel {
   void copy_prefix(int source, int target, int num_tokens) { model_->copy_prefix(source, target, num_tokens); }
   std::string isa() const { return model_->isa(); }
   int spare_slot() const { return model_->spare_slot(); }
+  void time_parts() { model_->time_parts(); }
+  nb::dict part_ns() const {
+    static constexpr const char* kNames[kNumParts] = {"embedding", "q, k, v", "attention", "projection",
+                                                      "MLP in",    "MLP out", "head",      "sampling"};
+    nb::dict named;
+    for (size_t i = 0; i < model_->part_ns().size(); i++) named[kNames[i]] = model_->part_ns()[i];
+    return named;
+  }
 
  private:
   // A nanogpt.runner.base.SamplingState. Token ids were checked when the request was accepted; they are addresses
@@ -250,6 +258,8 @@ NB_MODULE(_kernels, m) {
       .def("logits", &PyModel::logits)
       .def("head", &PyModel::head)
       .def("copy_prefix", &PyModel::copy_prefix)
+      .def("time_parts", &PyModel::time_parts)
+      .def("part_ns", &PyModel::part_ns)
       .def_prop_ro("isa", &PyModel::isa)
       .def_prop_ro("spare_slot", &PyModel::spare_slot);
 }

@@ -65,6 +65,23 @@ NG_INLINE I32 load(const int32_t* p) {
   std::memcpy(&r, p, 64);
   return r;
 }
+// Sixteen bf16.
+NG_INLINE F32 load_bf16(const uint8_t* p) {
+  F32 r;
+#if defined(__AVX512F__)
+  r.v[0] = (NativeF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  NG_LANES r.v[i] = (NativeF)_mm256_slli_epi32(
+      _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p + 16 * i))), 16);
+#else
+  uint16_t half[16];
+  std::memcpy(half, p, 32);
+  uint32_t wide[16];
+  for (int i = 0; i < 16; i++) wide[i] = uint32_t(half[i]) << 16;
+  std::memcpy(&r, wide, 64);
+#endif
+  return r;
+}
 NG_INLINE void store(float* p, const F32& a) { std::memcpy(p, &a, 64); }
 NG_INLINE void store(int32_t* p, const I32& a) { std::memcpy(p, &a, 64); }
 
@@ -219,6 +236,11 @@ NG_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 NG_INLINE int32_t sum(const I32& a) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_epi32((__m512i)a.v[0]);
+#elif defined(__AVX2__)
+  const __m256i eight = (__m256i)(a.v[0] + a.v[1]);
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
 #else
   NativeU t = a.v[0];
   for (int i = 1; i < kParts; i++) t += a.v[i];
@@ -230,6 +252,11 @@ NG_INLINE int32_t sum(const I32& a) {
 NG_INLINE uint32_t any_bit(const I32& a) {
 #if defined(__AVX512F__)
   return uint32_t(_mm512_reduce_or_epi32((__m512i)a.v[0]));
+#elif defined(__AVX2__)
+  const __m256i eight = (__m256i)(a.v[0] | a.v[1]);
+  const __m128i four = _mm_or_si128(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = _mm_or_si128(four, _mm_unpackhi_epi64(four, four));
+  return uint32_t(_mm_cvtsi128_si32(_mm_or_si128(two, _mm_shuffle_epi32(two, 1))));
 #else
   NativeU t = a.v[0];
   for (int i = 1; i < kParts; i++) t |= a.v[i];

@@ -35,6 +35,10 @@ struct Scratch {
 constexpr int kScratchRows = 8;  // at least every instruction set's kMaxRows
 constexpr int kOwnRows = 1;  // batches up to this are normalized by every thread for itself: cheaper than a barrier
 
+// Parts of a step whose time can be asked for.
+enum class Part { kEmbedding, kQkv, kAttention, kProj, kFc, kFcProj, kHead, kSampling };
+constexpr int kNumParts = 8;
+
 struct Step {
   const Weights* weights;
   KvGeometry kv;
@@ -65,11 +69,16 @@ struct Step {
   SamplerScratch* sampler_scratch;  // one a thread
   int32_t* drawn;
   const struct Isa* isa;
+  int64_t* part_ns;  // nanoseconds of each part, counted up by thread 0; or null
 };
+
+// Counts the time since the last lap for a part. Out of line, because the clock's own code must not be compiled for one
+// instruction set.
+void lap(const Step& step, const Cursor& cursor, Part part, int64_t& last);
 
 struct Isa {
   const char* name;
-  void (*forward)(const Step& step, Cursor& cursor);  // all layers
+  void (*forward)(const Step& step, Cursor& cursor, int64_t& last);  // all layers; `last`: see lap
   void (*head)(const Step& step, Cursor& cursor);     // logits of out_rows of the last forward
   LaneMaxima lane_maxima;
 };
