@@ -46,7 +46,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="one short sample each: does everything run?")
     parser.add_argument(
-        "--roofline", action="store_true", help="only print what each kernel of a step reads and multiplies, and stop"
+        "--roofline", action="store_true", help="only print what each kernel of a step reads, multiplies and takes, and stop"
     )
     parser.add_argument("--threads", type=int, default=2, help="threads of every engine (default %(default)s)")
     parser.add_argument("--limit", type=float, default=1800, help="seconds that one engine may take in all, a model")
@@ -141,7 +141,9 @@ def main(words: list[str]) -> int:
         found = limits.measure(options.cache, options.threads)
         for name in options.models:
             for bits in options.bits or ("int8", "int4"):
-                print(roofline.table(MODELS[name], bits, found))
+                steps = roofline.Steps(make_model(MODELS[name], options.cache / "models" / name), bits, options.threads)
+                print(roofline.table(MODELS[name], bits, found, steps))
+                steps.close()
         print(f"limits: {json.dumps(found)}")
         return 0
     installer = Installer(options.cache, limit_s=3600)

@@ -116,6 +116,14 @@ class NativeRunner:
             result[i : i + _HEAD_ROWS] = self._head(np.arange(i, min(i + _HEAD_ROWS, len(token_ids)), dtype=np.int32))
         return result
 
+    def time_parts(self) -> None:
+        """From now on count the time of each part of the steps, from zero."""
+        self._running().time_parts()
+
+    def part_ns(self) -> dict[str, int]:
+        """Nanoseconds of each part of all steps since ``time_parts``."""
+        return dict(self._running().part_ns())
+
     def close(self) -> None:
         """Give back memory and threads; the runner is not used again."""
         self._model = None
