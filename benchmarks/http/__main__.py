@@ -24,7 +24,6 @@ from benchmarks.cpu.workloads import Workload
 from benchmarks.http import servers
 
 _ROOT = Path(__file__).parents[2]
-_CLIENT = Path(__file__).with_name("client.py")
 PROMPT, NEW = 64, 128
 
 
@@ -45,8 +44,10 @@ def load(server: servers.Server, streams: int, waves: int, seed: int, limit_s: f
     numbers = iter(range(seed, seed + waves * streams))
     bodies = [[server.body(prompt_text(next(numbers)), NEW) for _ in range(streams)] for _ in range(waves)]
     job = {"port": server.port, "path": server.path, "waves": bodies, "limit_s": limit_s}
-    command = [sys.executable, str(_CLIENT)]
-    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=limit_s * (waves + 1))
+    command = [sys.executable, "-m", "benchmarks.http.client"]
+    done = subprocess.run(
+        command, cwd=_ROOT, input=json.dumps(job), capture_output=True, text=True, timeout=limit_s * (waves + 1)
+    )
     result: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr.strip()[-300:]}
     if "error" in result:
         raise EngineFailed(str(result["error"]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from nanogpt.bench.http import Answer
@@ -27,10 +28,7 @@ def read_answer(answer: Answer, *, began: float, planned: float) -> Outcome:
         return outcome
     arrivals, done = [], False
     failure = ""
-    position = 0
-    for data, end in _events(bytes(answer.body)):
-        while answer.ends[position] < end:
-            position += 1
+    for data, at in events(answer):
         if data == b"[DONE]":
             done = True
             continue
@@ -44,7 +42,7 @@ def read_answer(answer: Answer, *, began: float, planned: float) -> Outcome:
         if event.get("error"):
             failure = failure or f"stream: {_code(event)}"
         if _text(event):
-            arrivals.append(answer.times[position])
+            arrivals.append(at)
         usage = event.get("usage")
         if isinstance(usage, dict):
             outcome.prompt_tokens = int(usage.get("prompt_tokens") or 0)
@@ -58,16 +56,18 @@ def read_answer(answer: Answer, *, began: float, planned: float) -> Outcome:
     return outcome
 
 
-def _events(body: bytes) -> list[tuple[bytes, int]]:
-    """The data of each event, and where in the body it ends."""
-    found, start = [], 0
+def events(answer: Answer) -> Iterator[tuple[bytes, float]]:
+    """The data of each event, and when its last byte was there."""
+    body = bytes(answer.body)
+    start = position = 0
     for match in _EVENT_END.finditer(body):
+        while answer.ends[position] < match.end():
+            position += 1
         lines = body[start : match.start()].splitlines()
         data = [line[5:].strip() for line in lines if line.startswith(b"data:")]
         if data:
-            found.append((b"\n".join(data), match.end()))
+            yield b"\n".join(data), answer.times[position]
         start = match.end()
-    return found
 
 
 def _text(event: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Checks of the checkpoint that would be served: it loads and computes, its tokenizer fits, there is a way back."""
+"""Checks of the checkpoints that would be served: they load and compute, the tokenizer fits, there is a way back."""
 
 from __future__ import annotations
 
@@ -16,30 +16,44 @@ _MAX_IDS = 2000
 @check("the-checkpoint")
 def checkpoint(here: Here) -> Iterator[Finding]:
     """Every weight is read, none is NaN, and the model writes four tokens."""
-    loaded = here.checkpoint
-    if loaded is None:
+    if isinstance(here.refusal, TokenizerError):
+        yield warn("The weights are not looked at without a tokenizer.", "Mend what `tokenizer` says first.")
+        return
+    said = _loads_and_writes(here)
+    if not here.settings.model_checkpoint:
+        yield warn(
+            f"{said} It is the model that lies in the package, which is for trying out.",
+            "Set MODEL_CHECKPOINT, or name the checkpoint: nanogpt doctor log/",
+        )
+    else:
+        yield ok(said)
+
+
+@check("the-checkpoint")
+def compare(here: Here) -> Iterator[Finding]:
+    """The second model, which a start waits for like the first."""
+    if here.second is None:
+        yield ok("COMPARE_CHECKPOINT is not set: there is one model.")
+    else:
+        yield ok(_loads_and_writes(here.second))
+
+
+def _loads_and_writes(here: Here) -> str:
+    """What the model is. Raises: NanoGPTError where it cannot be loaded or does not compute."""
+    from nanogpt.checkpoint import card
+
+    if here.checkpoint is None:
         assert here.refusal is not None
-        if isinstance(here.refusal, TokenizerError):
-            yield warn("The weights are not looked at without a tokenizer.", "Mend what `tokenizer` says first.")
-            return
         raise here.refusal
     if isinstance(here.trial, NanoGPTError):
         raise here.trial
-    from nanogpt.checkpoint import card
-
-    known = card(loaded)
+    known = card(here.checkpoint)
     said = (
         f"{known['name']}: {known['family']}, {known['parameters']:,} parameters, context {known['block_size']:,},"
         f" {gigabytes(known['file_bytes'])}"
     )
     said += "" if known["step"] is None else f", step {known['step']:,}"
-    if not here.settings.model_checkpoint:
-        yield warn(
-            f"{said}: the model that lies in the package, which is for trying out.",
-            "Set MODEL_CHECKPOINT, or name the checkpoint: nanogpt doctor log/",
-        )
-    else:
-        yield ok(f"{said}; it loads{' and writes' if here.trial else ''}.")
+    return f"{said}; it loads{' and writes' if here.trial else ''}."
 
 
 @check("the-tokenizer")
@@ -119,4 +133,4 @@ def others(path: Path) -> list[Path]:
         return []
 
 
-CHECKS = (checkpoint, tokenizer, rollback)
+CHECKS = (checkpoint, compare, tokenizer, rollback)

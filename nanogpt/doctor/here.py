@@ -1,12 +1,13 @@
 """What is checked on this machine: the settings that ``nanogpt serve`` would start with, the readings, the checkpoint.
 
-The checkpoint is loaded when the first check asks for it, once, and so is the model that is computed on trial.
+The checkpoint is loaded when the first check asks for it, once, and so is the model that is computed on trial. A second
+model is served with the same settings: it has a ``Here`` of its own.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,9 @@ from nanogpt.settings import Settings
 if TYPE_CHECKING:
     from nanogpt.checkpoint.types import Checkpoint
 
-# Measured on Linux, rounded up: arbiter, supervisor and an engine before its model, by runner; and an HTTP worker.
-_ENGINE_BYTES = {"native": 90_000_000, "torch": 450_000_000}
+# Measured on Linux, rounded up: an engine before its model, by runner; arbiter and supervisor; an HTTP worker.
+_ENGINE_BYTES = {"native": 40_000_000, "torch": 400_000_000}
+_OWNERS_BYTES = 50_000_000
 _WORKER_BYTES = 60_000_000
 _WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.1, "int4": 0.7}
 _TRIAL_TOKENS = 32
@@ -28,11 +30,12 @@ _TRIAL_TOKENS = 32
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that serving takes at most: of one model, and of what is beside it."""
+    """Bytes that serving one model takes at most."""
 
     weights: int
     kv: int
-    processes: int
+    engine: int
+    """The process that has the model, without it."""
     where: str
     """``cpu`` or ``cuda``: where weights, K and V lie."""
 
@@ -74,6 +77,14 @@ class Here:
     def refusal(self) -> NanoGPTError | None:
         return self._loaded if isinstance(self._loaded, NanoGPTError) else None
 
+    @cached_property
+    def second(self) -> Here | None:
+        """The model to compare with, looked at as the supervisor starts it; None where there is none."""
+        s = self.settings
+        if not s.compare_checkpoint:
+            return None
+        return replace(self, settings=replace(s, model_checkpoint=s.compare_checkpoint, compare_checkpoint=""))
+
     def runner(self) -> tuple[str, str]:
         """Name and device of the runner. Raises: SettingsError, MissingDependency."""
         s = self.settings
@@ -89,13 +100,16 @@ class Here:
         positions = (num_slots(self.settings) + 1) * config.block_size
         # K and V of the native runner are bytes with a scale, those of PyTorch are of the weights' type.
         kv_bytes = 1.1 if name == "native" and precision != "fp32" else _WEIGHT_BYTES[precision]
-        workers = self.settings.http_workers * (_WORKER_BYTES + self.settings.cache_bytes)
         return Need(
             weights=int(config.num_parameters() * _WEIGHT_BYTES[precision]),
             kv=int(2 * config.n_layer * config.n_embd * positions * kv_bytes),
-            processes=_ENGINE_BYTES[name] + workers,
+            engine=_ENGINE_BYTES[name],
             where=device,
         )
+
+    def other_bytes(self) -> int:
+        """What the processes take that have no model, whatever the number of models."""
+        return _OWNERS_BYTES + self.settings.http_workers * (_WORKER_BYTES + self.settings.cache_bytes)
 
     @cached_property
     def trial(self) -> Trial | NanoGPTError | None:

@@ -7,10 +7,10 @@ import json
 import os
 import socket
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from nanogpt.doctor.findings import Finding, check, fail, gigabytes, ok, warn
-from nanogpt.doctor.here import Here
+from nanogpt.doctor.here import Here, Need
 from nanogpt.errors import NanoGPTError
 
 # Of the memory that is free, what a server may plan with: the rest is for bodies, answers and the page cache.
@@ -68,38 +68,57 @@ def gpu(here: Here) -> Iterator[Finding]:
 
 @check("out-of-memory")
 def memory(here: Here) -> Iterator[Finding]:
-    """Whether the model, its K and V and the processes fit; and a second and third model while it is changed."""
-    checkpoint = here.checkpoint
-    if checkpoint is None:
-        yield warn("Not looked at: there is no checkpoint that can be loaded.", "Mend what `checkpoint` says first.")
-        return
-    need = here.need(checkpoint)
-    free = here.machine.free_bytes
-    if need.where == "cuda":
-        free = here.machine.gpu.free_bytes
-        if need.processes > here.machine.free_bytes * _ROOM:
-            yield fail(
-                f"The processes need {gigabytes(need.processes)}, {gigabytes(here.machine.free_bytes)} are free.",
-                "Lower NANOGPT_HTTP_WORKERS or NANOGPT_CACHE_BYTES, or give the container more memory.",
-            )
-    beside = 0 if need.where == "cuda" else need.processes
-    parts = f"weights {gigabytes(need.weights)}, K and V {gigabytes(need.kv)}"
-    parts += "" if need.where == "cuda" else f", processes {gigabytes(need.processes)}"
-    said = f"Serving needs up to {gigabytes(need.model + beside)} ({parts}); {gigabytes(free)} are free"
-    if need.model + beside > free * _ROOM:
-        yield fail(f"{said}.", "Lower NANOGPT_MAX_BATCH_SIZE, take a smaller model, or give it more memory.")
+    """Whether the models, their K and V and the processes fit; and one or two more while one of them is changed."""
+    needs = []
+    for subject, name in ((here, "checkpoint"), (here.second, "compare")):
+        if subject is None:
+            continue
+        if subject.checkpoint is None:
+            yield warn("Not looked at: there is a model that cannot be loaded.", f"Mend what `{name}` says first.")
+            return
+        needs.append(subject.need(subject.checkpoint))
+    processes = here.other_bytes() + sum(need.engine for need in needs)
+    on_gpu = needs[0].where == "cuda"
+    free = here.machine.gpu.free_bytes if on_gpu else here.machine.free_bytes
+    if on_gpu and processes > here.machine.free_bytes * _ROOM:
+        yield fail(
+            f"The processes need {gigabytes(processes)}, {gigabytes(here.machine.free_bytes)} are free.",
+            "Lower NANOGPT_HTTP_WORKERS or NANOGPT_CACHE_BYTES, or give the container more memory.",
+        )
+    beside = 0 if on_gpu else processes
+    models = sum(need.model for need in needs)
+    parts = f"weights {_sizes(need.weights for need in needs)}, K and V {_sizes(need.kv for need in needs)}"
+    parts += "" if on_gpu else f", processes {gigabytes(processes)}"
+    what = "Serving" if len(needs) == 1 else "Serving two models"
+    said = f"{what} needs up to {gigabytes(models + beside)} ({parts}); {gigabytes(free)} are free"
+    if models + beside > free * _ROOM:
+        less = "" if len(needs) == 1 else "Leave COMPARE_CHECKPOINT out. Else: "
+        yield fail(f"{said}.", f"{less}Lower NANOGPT_MAX_BATCH_SIZE, take a smaller model, or give it more memory.")
         return
     yield ok(f"{said}.")
-    models = 3 if here.settings.standby else 2
-    changes = bool(here.settings.admin_key) or here.settings.follow
-    if changes and models * need.model + beside > free * _ROOM:
+    yield from _while_it_changes(here, needs, beside, free)
+
+
+def _while_it_changes(here: Here, needs: list[Need], beside: int, free: int) -> Iterator[Finding]:
+    """The first model may have a former one that stands by; a new one comes, for either."""
+    settings = here.settings
+    if not settings.admin_key and not settings.follow:
+        return
+    held = needs if not settings.standby else [needs[0], *needs]
+    may_change = needs if settings.admin_key else needs[:1]  # who follows a folder changes the first one alone
+    peak = sum(need.model for need in held) + max(need.model for need in may_change) + beside
+    if peak > free * _ROOM:
         yield warn(
-            f"While the model is changed there are {models} in memory, which needs"
-            f" {gigabytes(models * need.model + beside)}; {gigabytes(free)} are free.",
+            f"While a model is changed there are {len(held) + 1} in memory, which needs {gigabytes(peak)};"
+            f" {gigabytes(free)} are free.",
             "NANOGPT_STANDBY=false holds one less; or lower NANOGPT_MAX_BATCH_SIZE."
-            if here.settings.standby
+            if settings.standby
             else "Lower NANOGPT_MAX_BATCH_SIZE, or change the model by a restart.",
         )
+
+
+def _sizes(counts: Iterable[int]) -> str:
+    return " + ".join(gigabytes(count) for count in counts)
 
 
 @check("the-port-is-taken")

@@ -117,7 +117,7 @@ def _models(states: Sequence[EngineStatus]) -> Iterator[Any]:
 
 
 def _compared(status: EngineStatus) -> Iterator[Any]:
-    """Of the second model's engine; the names without ``compare`` are what alerts watch."""
+    """Of the second model's engine; the names without ``compare`` are what wakes somebody up."""
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     yield GaugeMetricFamily(

@@ -165,6 +165,17 @@ def test_both_languages_show_the_same_commands(english: Path, chinese: Path) -> 
     assert commands(english) == commands(chinese)
 
 
+@pytest.mark.parametrize(("english", "chinese"), PAIRS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_both_languages_have_the_same_rows_in_their_tables(english: Path, chinese: Path) -> None:
+    """Names, defaults and limits of a new setting, metric or code come to both: whatever stands as code in a row."""
+
+    def rows(page: Path) -> list[list[str]]:
+        text = without_code(page.read_text(encoding="utf-8"))
+        return [sorted(re.findall("`([^`]+)`", row)) for row in re.findall(r"^\|.*\|$", text, re.M)]
+
+    assert rows(english) == rows(chinese)
+
+
 @pytest.mark.parametrize("page", ["deployment.md", "zh/deployment.md"])
 def test_the_guides_commands_stand_in_the_deployment_guide(page: str) -> None:
     lines = [line.strip() for line in (DOCS / page).read_text(encoding="utf-8").splitlines()]

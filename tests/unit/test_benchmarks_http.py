@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks.http import __main__ as command
 from benchmarks.http import client
+from nanogpt.bench.http import Answer, Target
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -81,35 +82,36 @@ def test_tokens_times_and_gaps_of_all_streams_are_counted() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 10_000])
 def test_events_are_counted_however_the_bytes_arrive(size: int) -> None:
     data = b"".join(GOOD)
-    with socket.socket() as unused:
-        stream = client.Stream(unused, sent=0.0)
-        for start in range(0, len(data), size):
-            stream.take(data[start : start + size], now=float(start))
-    assert stream.done
-    assert len(stream.arrivals) == 4
-    assert stream.arrivals == sorted(stream.arrivals)
-    assert [sorted(found or {}) for found in client.events_of(bytes(stream.received))] == [
-        ["text"],
-        ["text"],
-        ["text"],
-        ["generated_text", "tokens_generated"],
-    ]
+    answer = Answer()
+    whole = [answer.feed(data[start : start + size], now=float(start)) for start in range(0, len(data), size)]
+    assert whole.index(True) == len(whole) - 1
+    pieces, tokens = client.pieces_of(answer)
+    assert (len(pieces), tokens) == (3, 3)
+    assert pieces == sorted(pieces)
 
 
 def test_pings_are_no_pieces() -> None:
     pieces = [HEAD, chunk(b": ping\n\n"), *GOOD[1:]]
     with serving(pieces) as port:
-        (stream,) = client.wave(port, "/generate", [{"prompt": " a"}], 30)
-    events = client.events_of(bytes(stream.received))
-    assert [len(stream.arrivals), len(client.pieces_of(stream, events))] == [5, 3]
-    assert client.pieces_of(stream, events)[0] == stream.arrivals[1]
+        (answer,) = client.wave(Target("127.0.0.1", port, tls=False), "/generate", [{"prompt": " a"}], 30)
+    pieces, _ = client.pieces_of(answer)
+    assert len(pieces) == 3
+    assert answer.body.startswith(b": ping")
+
+
+def test_llama_servers_last_event_counts_its_tokens() -> None:
+    texts = [chunk(event({"content": text, "stop": False})) for text in "abc"]
+    pieces = [HEAD, *texts, chunk(event({"content": "", "stop": True, "tokens_predicted": 3})), b"0\r\n\r\n"]
+    with serving(pieces) as port:
+        result = client.run(job(port))
+    assert (result["tokens"], len(result["gaps_s"])) == ([3], 2)
 
 
 @pytest.mark.parametrize(
     ("pieces", "reason"),
     [
-        ([b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\n\r\nbusy"], "503 Service Unavailable"),
-        ([HEAD, chunk(b'event: error\ndata: {"error": "gone"}\n\n'), b"0\r\n\r\n"], '"error": "gone"'),
+        ([b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\n\r\nbusy"], "answered 503: busy"),
+        ([HEAD, chunk(b'event: error\ndata: {"error": "gone"}\n\n'), b"0\r\n\r\n"], "'error': 'gone'"),
         ([HEAD, GOOD[1]], "ended without its summary"),
     ],
 )
@@ -120,7 +122,7 @@ def test_a_stream_that_went_wrong_is_no_figure(pieces: list[bytes], reason: str)
 
 def test_a_server_that_never_ends_is_given_up() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TimeoutError, match="1 of 1 streams"):
-        client.wave(silent.getsockname()[1], "/generate", [{"prompt": " a"}], 0.2)
+        client.wave(Target("127.0.0.1", silent.getsockname()[1], tls=False), "/generate", [{"prompt": " a"}], 0.2)
 
 
 def test_percentiles_are_values_that_were_measured() -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from checkpoint_files import write_huggingface, write_meta, write_nanogpt
 
+import nanogpt
 from nanogpt import cli
 from nanogpt.doctor import checkpoint, configuration, live, machine, proxy
 from nanogpt.doctor.checklist import BOXES, tick
@@ -154,12 +155,49 @@ def test_memory_for_one_model_may_be_too_little_to_change_it(model: str) -> None
     loaded = here(model, **settings)
     assert loaded.checkpoint is not None
     need = loaded.need(loaded.checkpoint)
-    room = dataclasses.replace(HEALTHY, free_bytes=int((need.processes + 2.5 * need.model) / 0.9))
+    room = dataclasses.replace(HEALTHY, free_bytes=int((loaded.other_bytes() + need.engine + 2.5 * need.model) / 0.9))
     assert statuses(machine.memory, here(model, room, **settings)) == ["ok"]
     changed = the_one(machine.memory, here(model, room, admin_key="k", **settings))
     assert (changed.status, "3 in memory" in changed.says) == ("warn", True)
     assert "NANOGPT_STANDBY" in changed.remedy
     assert statuses(machine.memory, here(model, room, admin_key="k", standby=False, **settings)) == ["ok"]
+
+
+def test_the_model_to_compare_with_takes_memory_too(model: str) -> None:
+    """The room for one model and a half is enough for one, and not for two."""
+    settings = {"max_batch_size": 4096, "max_batch_tokens": 4096}
+    both = here(model, compare_checkpoint=model, **settings)
+    assert both.checkpoint is not None
+    need = both.need(both.checkpoint)
+
+    def room(models: float) -> Machine:
+        processes = both.other_bytes() + 2 * need.engine
+        return dataclasses.replace(HEALTHY, free_bytes=int((processes + models * need.model) / 0.9))
+
+    assert statuses(machine.memory, here(model, room(1.5), **settings)) == ["ok"]
+    finding = the_one(machine.memory, dataclasses.replace(both, machine=room(1.5)))
+    assert (finding.status, "two models" in finding.says) == ("fail", True)
+    assert "COMPARE_CHECKPOINT" in finding.remedy
+    assert statuses(machine.memory, dataclasses.replace(both, machine=room(2.5))) == ["ok"]
+    changed = {"compare_checkpoint": model, "admin_key": "k", **settings}
+    assert "4 in memory" in the_one(machine.memory, here(model, room(3.5), **changed)).says
+    assert statuses(machine.memory, here(model, room(3.5), standby=False, **changed)) == ["ok"]
+
+
+def test_a_larger_model_to_compare_with_is_what_a_change_may_need_once_more(model: str) -> None:
+    """Only --follow changes the first one alone; whoever has the admin key may change either."""
+    both = {"compare_checkpoint": "", "standby": False, "http_workers": 1}
+    small, large = here(model, **both), here("", **both)  # a toy, and the embedded model
+    assert small.checkpoint is not None
+    assert large.checkpoint is not None
+    first, second = small.need(small.checkpoint), large.need(large.checkpoint)
+    assert second.model > 10 * first.model
+    needed = small.other_bytes() + 2 * first.engine + 2 * first.model + second.model
+    room = dataclasses.replace(HEALTHY, free_bytes=int(needed / 0.9) + 1000)
+    embedded = str(Path(nanogpt.__file__).parent / "assets" / "default")
+    both["compare_checkpoint"] = embedded
+    assert statuses(machine.memory, here(model, room, follow=True, **both)) == ["ok"]
+    assert statuses(machine.memory, here(model, room, admin_key="k", **both)) == ["ok", "warn"]
 
 
 @pytest.mark.parametrize(
@@ -476,6 +514,26 @@ def test_the_same_words_as_serve_and_json_that_a_script_reads(model: str, capsys
     }
     assert sum(report["counts"].values()) == len(report["findings"])
     assert all(finding["remedy"] for finding in report["findings"] if finding["status"] != "ok")
+
+
+def test_the_second_checkpoint_is_looked_at_like_the_first(model: str, capsys: Capture) -> None:
+    """A start waits for both: one that cannot be loaded ends it, so the doctor says so before."""
+
+    def report(*more: str) -> dict[str, list[dict[str, str]]]:
+        run(model, "--port", "0", "--json", *more)
+        by_check: dict[str, list[dict[str, str]]] = {}
+        for finding in json.loads(capsys.readouterr().out)["findings"]:
+            by_check.setdefault(finding["check"], []).append(finding)
+        return by_check
+
+    both = report("--compare-checkpoint", model)
+    assert "loads and writes" in both["compare"][0]["says"]
+    assert both["memory"][0]["says"].startswith("Serving two models")
+    broken = report("--compare-checkpoint", "/no/such/file")
+    assert (broken["compare"][0]["status"], broken["memory"][0]["status"]) == ("fail", "warn")
+    assert "/no/such/file" in broken["compare"][0]["says"]
+    assert "`compare`" in broken["memory"][0]["remedy"]
+    assert broken["checkpoint"][0]["status"] == "ok"
 
 
 def test_one_failure_is_exit_code_1_and_its_remedy_is_printed(tmp_path: Path, capsys: Capture) -> None:
