@@ -474,4 +474,17 @@ def test_the_roofline_adds_up_to_the_model_and_names_the_slower_limit() -> None:
     prefill = roofline.Kernel("MLP in", 1.0, 1e9)
     assert roofline.least_ms(prefill, limits_found, model, "int8") == pytest.approx(2.0)
     assert roofline.least_ms(head, {"error": "no compiler"}, model, "int8") is None
-    assert "32 at once" in roofline.table(model, "int4", {})
+
+
+def test_the_roofline_shows_what_every_kernel_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "_SAMPLES", 1)
+    monkeypatch.setattr(roofline, "_SAMPLE_S", 0.0)
+    model = models.Model("tiny", n_layer=2, n_head=2, n_embd=64, vocab_size=512, block_size=64, prefill=60)
+    steps = roofline.Steps(models.make_model(model, tmp_path), "int8", 2)
+    took = steps.part_ms(roofline.cases(model)[1])
+    # Parts lie within the step, one after the other.
+    assert all(ms > 0 for ms in took.values())
+    assert sum(took.values()) - took["step"] <= took["step"]
+    shown = roofline.table(model, "int8", {}, steps)
+    steps.close()
+    assert all(name in shown for name in ("q, k, v", "attention", "MLP out", "head", "sampling", "prefill 60"))
