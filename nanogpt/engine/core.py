@@ -155,7 +155,8 @@ class Engine:
                 stats.num_computed_tokens += num_tokens
                 stats.step.observe(done - now)
                 if scheduler.speculation is not None and len(plan.sequences) == plan.num_decoding:
-                    scheduler.speculation.observe_step(num_tokens, done - now)
+                    num_sequences = len(plan.sequences)
+                    scheduler.speculation.observe_step(num_sequences, num_tokens - num_sequences, done - now)
                 stats.step_sequences.observe(len(plan.sequences))
                 stats.step_tokens.observe(num_tokens)
         self._deliver()

@@ -1,14 +1,15 @@
 """Speculation: how many tokens are guessed in a step, and for whom. Owned by the engine's loop; knows no model.
 
 A guess is one more row of the step. The runner samples at the place of each and keeps what it drew for as long as the
-guesses agree with that, so guesses change the speed and nothing else. Whether they pay is arithmetic: a step of n rows
-takes ``fixed + n`` (in units of what one row costs; ``fixed`` is reading the weights and all that does not depend on n)
-and brings ``num_tokens`` tokens. One more row with the chance p to bring another one makes it faster when
+guesses agree with that, so guesses change the speed and nothing else. Whether they pay is arithmetic: where n sequences
+take a step of ``step_s`` seconds and one more row takes ``row_s`` more, a row with the chance p of another token makes
+it faster when
 
-    p  >  num_tokens / (fixed + n)
+    p  >  row_s * n / step_s
 
-Alone, where reading the weights is nearly all of a step, that is little; among 32 it is most of one. Both sides are
-measured: p by sequence and length of the match (``NgramProposer``), ``fixed`` from the times of the steps.
+Where reading the weights is nearly all of a step, that is little for one sequence and most of one for 32. Where
+products are (a small model in the processor's cache, a processor with slow ones), it is much even for one. All of it is
+measured: p by sequence and length of the match (``NgramProposer``), the times from the steps.
 """
 
 from __future__ import annotations
@@ -50,13 +51,14 @@ class Speculation:
         if left <= 0 or not decoding:
             return None
         adaptive = self._num_guesses is None
+        if adaptive and num_others:  # a prompt's rows leave nothing unused that a guess could use
+            return None
         most = self._num_guesses or _MOST
-        # Computing somebody's prompt is worth as much as it costs: a token a row.
-        num_tokens = float(len(decoding) + num_others)
-        cost = self._cost.fixed_rows + len(decoding) + num_others
+        num_tokens = float(len(decoding))
+        seconds, row_s = self._cost.of(len(decoding))
         found: list[list[int]] = []
         some = False
-        worth = num_tokens / cost if adaptive else -1.0
+        worth = row_s * num_tokens / seconds if adaptive else -1.0
         for sequence in decoding:
             found.append([])
             if sequence.grammar is not None:  # its mask holds for one draw
@@ -74,49 +76,59 @@ class Speculation:
                 some = True
                 found[-1] = guesses
                 left -= len(guesses)
-                cost += len(guesses)
+                seconds += len(guesses) * row_s
                 num_tokens += proposer.chance(len(guesses))
-                worth = num_tokens / cost if adaptive else -1.0
+                worth = row_s * num_tokens / seconds if adaptive else -1.0
         return found if some else None
 
     def proposer(self, sequence: Sequence) -> NgramProposer:
         return NgramProposer(sequence.prompt.tolist(), self._rates)
 
-    def observe_step(self, num_rows: int, seconds: float) -> None:
+    def observe_step(self, num_sequences: int, num_guesses: int, seconds: float) -> None:
         """How long a step took in which everybody decoded."""
-        self._cost.observe(num_rows, seconds)
+        self._cost.observe(num_sequences, num_guesses, seconds)
 
 
 class StepCost:
-    """What a step takes, ``row_s * (fixed_rows + rows)``: least squares over the latest steps.
+    """What a step takes without guesses, by number of sequences, and what a guess adds to it.
 
-    Where all steps have the same number of rows they tell nothing of one row's cost: then ``_USUAL`` counts.
+    Until guesses were seen, and again when none were made for long, a guess is taken for a fifth of a sequence's step:
+    so it is tried.
     """
 
-    _USUAL = 4.0
-    _WEIGHT = 0.02
+    _USUAL = 0.2
+    _STEP_WEIGHT, _ROW_WEIGHT, _FORGET = 0.1, 0.05, 0.0005
 
     def __init__(self) -> None:
-        self.fixed_rows = self._USUAL
-        self._count = 0
-        self._rows = self._seconds = self._variance = self._covariance = 0.0
+        self._step_s: dict[int, float] = {}
+        self._row_share: dict[int, float] = {}  # of a step, by the number of sequences in binary digits
 
-    def observe(self, num_rows: int, seconds: float) -> None:
-        self._count += 1
-        weight = max(self._WEIGHT, 1 / self._count)
-        if self._count > 1:
-            # A step that lost its core to somebody else tells nothing of rows.
-            seconds = min(seconds, 3 * self._seconds)
-        off, late = num_rows - self._rows, seconds - self._seconds
-        self._rows += weight * off
-        self._seconds += weight * late
-        if self._count > 1:
-            self._variance = (1 - weight) * (self._variance + weight * off * off)
-            self._covariance = (1 - weight) * (self._covariance + weight * off * late)
-        usual = self._seconds / (self._rows + self._USUAL)
-        row_s = (self._covariance + usual) / (self._variance + 1)
-        fixed = self._seconds / row_s - self._rows if row_s > 0 else 64.0
-        self.fixed_rows = min(max(fixed, 0.5), 64.0)
+    def of(self, num_sequences: int) -> tuple[float, float]:
+        """Seconds of a step of so many, and of one more row."""
+        step_s = self._step_s.get(num_sequences, 1.0)
+        return step_s, step_s * self._row_share.get(num_sequences.bit_length(), self._usual(num_sequences))
+
+    def observe(self, num_sequences: int, num_guesses: int, seconds: float) -> None:
+        step_s = self._step_s.get(num_sequences)
+        if step_s is None:
+            if not num_guesses:
+                self._step_s[num_sequences] = seconds
+            return
+        usual, size = self._usual(num_sequences), num_sequences.bit_length()
+        share = self._row_share.get(size, usual)
+        # A step that lost its core to somebody else tells nothing of rows.
+        seconds = min(seconds, (2 + num_guesses * usual) * step_s)
+        if num_guesses:
+            seen = (seconds / step_s - 1) / num_guesses
+            share += self._ROW_WEIGHT * num_guesses**0.5 * (seen - share)
+        else:
+            self._step_s[num_sequences] = step_s + self._STEP_WEIGHT * (seconds - step_s)
+            share += self._FORGET * (usual - share)
+        self._row_share[size] = max(share, 0.01 / num_sequences)
+
+    def _usual(self, num_sequences: int) -> float:
+        """A row's share of the step where nothing was measured: a fifth for one sequence, a 36th for 32."""
+        return 1 / (1 / self._USUAL - 1 + num_sequences)
 
 
 def make_speculation(setting: str, runner: Runner, max_batch_size: int) -> Speculation | None:

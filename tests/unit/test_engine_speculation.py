@@ -109,7 +109,7 @@ def test_guesses_come_after_everybody_s_own_tokens() -> None:
     assert plan.batch.num_drafts is None
 
 
-def rows(speculation: Speculation, num_sequences: int, rate: float) -> list[int]:
+def rows(speculation: Speculation, num_sequences: int, rate: float, num_others: int = 0) -> list[int]:
     """How many guesses so many sequences get whose guesses come true with this chance."""
     engine = Engine(FakeRunner(config(block_size=200), num_sequences), max_batch_size=num_sequences)
     for i in range(num_sequences):
@@ -119,13 +119,13 @@ def rows(speculation: Speculation, num_sequences: int, rate: float) -> list[int]
     for sequence in scheduler._decoding:
         sequence.output[:] = [1]
         sequence.proposer = NgramProposer([1, 2, 3] * 8, [rate] * 4)
-    made = speculation.guesses(scheduler._decoding, 0, 1000)
+    made = speculation.guesses(scheduler._decoding, num_others, 1000)
     return [0] * num_sequences if made is None else [len(guesses) for guesses in made]
 
 
 def test_alone_nearly_any_guess_pays_and_among_many_only_a_good_one() -> None:
     speculation = Speculation(None, max_guesses=64, block_size=200)
-    speculation._cost.fixed_rows = 9.0
+    speculation._cost._row_share = {1: 1 / 10, 6: 1 / 41}
     assert rows(speculation, 1, 0.4) == [2]
     assert rows(speculation, 1, 0.9) == [8]
     assert rows(speculation, 32, 0.7) == [0] * 32
@@ -135,27 +135,41 @@ def test_alone_nearly_any_guess_pays_and_among_many_only_a_good_one() -> None:
 
 def test_a_machine_on_which_rows_are_dear_guesses_less() -> None:
     speculation = Speculation(None, max_guesses=64, block_size=200)
-    for num_rows in [1, 2, 3, 4, 5] * 100:
-        speculation.observe_step(num_rows, 0.001 * num_rows)
+    for num_guesses in [0, 1, 2, 0, 1] * 40:
+        speculation.observe_step(1, num_guesses, 0.001 * (1 + 0.7 * num_guesses))
     assert rows(speculation, 1, 0.55) == [0]
-    for num_rows in [1, 2, 3, 4, 5] * 100:
-        speculation.observe_step(num_rows, 0.02 + 0.001 * num_rows)
+    for num_guesses in [0, 1, 2, 3, 4] * 40:
+        speculation.observe_step(1, num_guesses, 0.02 + 0.001 * num_guesses)
     assert rows(speculation, 1, 0.55)[0] > 2
+
+
+def test_nobody_guesses_while_prompts_are_computed_unless_a_number_was_asked_for() -> None:
+    assert rows(Speculation(None, max_guesses=8, block_size=200), 1, 0.9, num_others=4) == [0]
+    assert rows(Speculation(2, max_guesses=8, block_size=200), 1, 0.9, num_others=4) == [2]
 
 
 def test_the_cost_of_a_row_is_measured_through_noise() -> None:
     cost = StepCost()
     for i in range(2000):
         late = 0.05 if i % 50 == 0 else 0.0
-        cost.observe(1 + i % 9, 0.010 + 0.001 * (1 + i % 9) + late)
-    assert cost.fixed_rows == pytest.approx(10, rel=0.4)
+        cost.observe(1, i % 3, 0.010 + 0.004 * (i % 3) + late)
+    step_s, row_s = cost.of(1)
+    assert step_s == pytest.approx(0.010, rel=0.2)
+    assert row_s == pytest.approx(0.004, rel=0.3)
 
 
-def test_steps_of_one_size_say_nothing_of_a_row() -> None:
+def test_a_cost_that_was_measured_is_forgotten_when_nothing_is_guessed_for_long() -> None:
+    """Or a machine that was busy for a second would never guess again."""
     cost = StepCost()
+    for i in range(200):
+        cost.observe(1, i % 2, 0.01 * (1 + i % 2))
+    assert cost.of(1)[1] > 0.008
     for _ in range(500):
-        cost.observe(1, 0.01)
-    assert cost.fixed_rows == pytest.approx(StepCost._USUAL, rel=0.01)
+        cost.observe(1, 0, 0.01)
+    assert cost.of(1)[1] > 0.006
+    for _ in range(20_000):
+        cost.observe(1, 0, 0.01)
+    assert cost.of(1)[1] == pytest.approx(0.002, rel=0.05)
 
 
 def test_auto_is_off_where_bits_depend_on_the_rows_of_a_step(caplog: pytest.LogCaptureFixture) -> None:
