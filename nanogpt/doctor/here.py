@@ -80,7 +80,12 @@ class Here:
         return choose_runner(device=s.device, precision=s.precision, runner=s.runner)
 
     def need(self, checkpoint: Checkpoint) -> Need:
-        """What serving this checkpoint with these settings takes. Raises: SettingsError, MissingDependency."""
+        """What serving this checkpoint with these settings takes.
+
+        Raises: SettingsError, MissingDependency; CheckpointError for an int4 plan that cannot be followed.
+        """
+        from nanogpt.runner.int4_plan import matrix_sizes, read_plan  # NumPy
+
         name, device = self.runner()
         precision = self.settings.precision
         if precision == "auto":
@@ -90,8 +95,12 @@ class Here:
         # K and V of the native runner are bytes with a scale, those of PyTorch are of the weights' type.
         kv_bytes = 1.1 if name == "native" and precision != "fp32" else _WEIGHT_BYTES[precision]
         workers = self.settings.http_workers * (_WORKER_BYTES + self.settings.cache_bytes)
+        weights = config.num_parameters() * _WEIGHT_BYTES[precision]
+        if precision == "int4":
+            in_int8 = sum(n for name, n in matrix_sizes(config).items() if name in (read_plan(checkpoint) or ()))
+            weights += in_int8 * (_WEIGHT_BYTES["int8"] - _WEIGHT_BYTES["int4"])
         return Need(
-            weights=int(config.num_parameters() * _WEIGHT_BYTES[precision]),
+            weights=int(weights),
             kv=int(2 * config.n_layer * config.n_embd * positions * kv_bytes),
             processes=_ENGINE_BYTES[name] + workers,
             where=device,
