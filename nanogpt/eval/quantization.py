@@ -18,7 +18,7 @@ from nanogpt.checkpoint.types import Checkpoint
 from nanogpt.errors import InvalidRequest, MissingDependency
 
 try:
-    from nanogpt.runner.native import NativeRunner, matrix_names, packed_bytes
+    from nanogpt.runner.native import NativeRunner, int4_bytes, matrix_names
 except ImportError as error:
     raise MissingDependency(
         f"The native runner is not part of this installation ({error}).",
@@ -30,7 +30,6 @@ from nanogpt.sampling_params import SamplingParams
 MIN_PREDICTIONS = 16
 _ROWS = 64
 _DECODED = 128
-_KINDS = {"fp32": 0, "int8": 1, "int4": 2}
 
 
 @dataclass(frozen=True)
@@ -81,27 +80,31 @@ class Scale:
 
     def whole(self, precision: str) -> Measured:
         """Every matrix in one precision."""
-        return self._measure(precision, [_KINDS[precision]] * len(self.names))
+        return self._measure(precision)
 
     def mixed(self, int8: frozenset[str]) -> Measured:
         """These matrices in int8, the others in int4."""
-        return self._measure("int4", self._kinds(int8))
+        return self._measure("int4", int8)
 
     def saved_bytes(self, name: str) -> int:
         """What int4 saves of int8 at this matrix; 0 at narrow ones, whose groups are padded."""
-        config, others = self._checkpoint.config, frozenset(self.names) - {name}
-        return packed_bytes(config, self._kinds(frozenset(self.names))) - packed_bytes(config, self._kinds(others))
+        config = self._checkpoint.config
+        return int4_bytes(config, [name]) - int4_bytes(config, [])
 
     def sensitivity(self, name: str, int8: Measured) -> float:
         """What a matrix costs by itself: int4, while all others are int8. In percent of perplexity."""
-        kinds = self._kinds(frozenset(self.names) - {name})
-        return self._measure("int4", kinds, decode=False).perplexity_percent(int8)
+        others = frozenset(self.names) - {name}
+        return self._measure("int4", others, decode=False).perplexity_percent(int8)
 
-    def _kinds(self, int8: frozenset[str]) -> list[int]:
-        return [_KINDS["int8" if name in int8 else "int4"] for name in self.names]
-
-    def _measure(self, precision: str, kinds: list[int], *, decode: bool = True) -> Measured:
-        runner = NativeRunner(self._checkpoint, precision=precision, num_slots=1, threads=self._threads, kinds=kinds)
+    def _measure(self, precision: str, int8: frozenset[str] = frozenset(), *, decode: bool = True) -> Measured:
+        runner = NativeRunner(
+            self._checkpoint,
+            precision=precision,
+            num_slots=1,
+            threads=self._threads,
+            int8_matrices=int8,
+            cached=False,
+        )
         try:
             nats, seconds = self._nats(runner)
             decoded_per_s = _decode_speed(runner) if decode else math.nan

@@ -8,8 +8,8 @@ instruction set, and pass batches on.
 
 from __future__ import annotations
 
-import logging
 import os
+from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +21,9 @@ from nanogpt.errors import SettingsError
 from nanogpt.model.config import GPTConfig
 from nanogpt.runner.base import Batch, Float32, Int32, StepOutput
 from nanogpt.runner.cpus import usable_cpus
-from nanogpt.runner.int4_plan import read_plan
 from nanogpt.runner.memory import give_back_memory
 from nanogpt.runner.native_cache import Bytes, packed_in_memory, packed_weights
 from nanogpt.runner.sampler import token_logprobs
-
-logger = logging.getLogger("nanogpt.runner")
 
 _KINDS = {"fp32": 0, "int8": 1, "int4": 2}
 _HEAD_ROWS = 64
@@ -35,10 +32,9 @@ _HEAD_ROWS = 64
 
 class NativeRunner:
     """See ``nanogpt.runner.base.Runner``. ``precision``: int8 (default), int4, or fp32 (exact to float32's rounding).
-    Under int4 the matrices that the checkpoint's plan names stay in int8 (``int4_plan``).
 
-    ``threads`` 0: as many as the container may use. The variable NANOGPT_ISA forces an instruction set. ``kinds`` sets
-    each matrix's own precision, in the order of ``matrix_names`` (0 fp32, 1 int8, 2 int4); for measuring.
+    ``threads`` 0: as many as the container may use. The variable NANOGPT_ISA forces an instruction set. Under
+    int4 the matrices that ``int8_matrices`` names are in int8. ``cached`` False keeps no packed weights; for measuring.
     """
 
     device = "cpu"
@@ -52,7 +48,8 @@ class NativeRunner:
         precision: str = "int8",
         num_slots: int = 32,
         threads: int = 0,
-        kinds: list[int] | None = None,
+        int8_matrices: Collection[str] = (),
+        cached: bool = True,
     ) -> None:
         if precision == "auto":
             precision = "int8"
@@ -68,17 +65,14 @@ class NativeRunner:
         self.num_threads = threads or usable_cpus()
         config = _native_config(self.config)
         isa = chosen_isa()
-        keep = kinds is None
-        self.int8_matrices: list[str] | None = None
-        if kinds is None:
-            kinds = [_KINDS[precision]] * _kernels.num_matrices(config)
-            if precision == "int4":
-                names = matrix_names(self.config)
-                self.int8_matrices = _planned(checkpoint, names)
-                kinds = [_KINDS["int8" if name in self.int8_matrices else "int4"] for name in names]
+        kinds = [_KINDS[precision]] * _kernels.num_matrices(config)
         self.arithmetic = precision
-        if self.int8_matrices:
-            self.arithmetic += f", {len(self.int8_matrices)} of {len(kinds)} matrices in int8"
+        self.int8_matrices: list[str] | None = None
+        if precision == "int4":
+            kinds = _mixture(self.config, int8_matrices)
+            self.int8_matrices = [name for name in matrix_names(self.config) if name in int8_matrices]
+            if self.int8_matrices:
+                self.arithmetic += f", {len(self.int8_matrices)} of {len(kinds)} matrices in int8"
         self.packed_bytes = _kernels.packed_bytes(config, kinds)
 
         def pack(memory: Bytes) -> None:
@@ -86,7 +80,7 @@ class NativeRunner:
 
         packed = (
             packed_weights(checkpoint, f"{self.config} {kinds}", self.packed_bytes, pack)
-            if keep
+            if cached
             else packed_in_memory(self.packed_bytes, pack)
         )
         give_back_memory()
@@ -154,18 +148,6 @@ class NativeRunner:
         return logits[:, : self.config.vocab_size]
 
 
-def _planned(checkpoint: Checkpoint, names: list[str]) -> list[str]:
-    """The matrices that stay in int8 under int4. Raises: CheckpointError for a plan that cannot be followed."""
-    plan = read_plan(checkpoint)
-    if plan is None:
-        logger.info(
-            "%s has no int4 plan, so every matrix is int4: `nanogpt quantize` measures what that costs, and which of "
-            "them should stay in int8.",
-            checkpoint.name,
-        )
-    return [name for name in names if plan and name in plan]
-
-
 def chosen_isa() -> str:
     """The best instruction set that this machine runs, or the one that NANOGPT_ISA names.
 
@@ -206,9 +188,13 @@ def pack_into(
             release_pages(tensors[stored].raw)
 
 
-def packed_bytes(config: GPTConfig, kinds: list[int]) -> int:
-    """Size of the packed weights, with each matrix in its own precision."""
-    return int(_kernels.packed_bytes(_native_config(config), kinds))
+def int4_bytes(config: GPTConfig, int8_matrices: Collection[str]) -> int:
+    """Size of the packed weights under int4 with these matrices in int8."""
+    return int(_kernels.packed_bytes(_native_config(config), _mixture(config, int8_matrices)))
+
+
+def _mixture(config: GPTConfig, int8_matrices: Collection[str]) -> list[int]:
+    return [_KINDS["int8" if name in int8_matrices else "int4"] for name in matrix_names(config)]
 
 
 def matrix_names(config: GPTConfig) -> list[str]:
