@@ -161,10 +161,11 @@ def _render(receipt: dict[str, Any]) -> list[str]:
                 f"{precision:6}{row['loss']:10.6f}{perplexity:>22}{row['packed_bytes'] / 1e6:10.2f} MB"
                 f"{row['tokens_per_s']:8.0f} tok/s{row['decode_tokens_per_s']:8.0f} tok/s"
             )
-    worst = sorted(receipt.get("int4_sensitivity_percent", {}).items(), key=lambda item: -abs(item[1]))[:8]
+    sensitivity = receipt.get("int4_sensitivity_percent", {})
+    worst = sorted(((name, percent) for name, percent in sensitivity.items() if percent > 0), key=lambda item: -item[1])
     if worst:
         lines += ["", "matrices that int4 alone hurts most (perplexity):"]
-        lines += [f"  {percent:+8.3f}%  {name}" for name, percent in worst]
+        lines += [f"  {percent:+8.3f}%  {name}" for name, percent in worst[:8]]
     return [*lines, "", *_verdicts(receipt)]
 
 

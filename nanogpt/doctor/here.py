@@ -138,7 +138,7 @@ def _compute(checkpoint: Checkpoint, settings: Settings) -> Trial:
         start = checkpoint.tokenizer.eos_token_id or 0
         smoke_test(runner, start)
         count = min(_TRIAL_TOKENS, checkpoint.config.block_size)
-        return Trial(runner.name, runner.device, runner.precision, _seconds_for(runner, start, count) / count)
+        return Trial(runner.name, runner.device, runner.arithmetic, _seconds_for(runner, start, count) / count)
     finally:
         runner.close()
 

@@ -138,25 +138,35 @@ def choose_int8(
 ) -> frozenset[str] | None:
     """The matrices to keep in int8, so that the mixture meets the limit; None where not even all of them do.
 
-    They move in the order of what int4 costs a byte that it saves, the dearest first. The shortest beginning of that
-    order that ``meets`` is looked for by halves. The whole mixture is measured each time, because what matrices cost
-    together is not the sum of what they cost alone.
+    They move in the order of what int4 costs a byte that it saves, the dearest first; the shortest beginning of that
+    order that ``meets`` is looked for by halves. Its last one may be so large that those before it are not needed any
+    more: with that one kept, a second search gives back what it can. The whole mixture is measured each time, because
+    what matrices cost together is not the sum of what they cost alone.
     """
-    free = [name for name in names if saved_bytes[name] <= 0]  # int4 brings nothing there
-    dear = sorted(set(names) - set(free), key=lambda name: (-sensitivity[name] / saved_bytes[name], names.index(name)))
-    order = free + dear
-    low, high = len(free), len(order)
-    if meets(frozenset(order[:low])):
-        return frozenset(order[:low])
-    if not meets(frozenset(order)):
+    free = frozenset(name for name in names if saved_bytes[name] <= 0)  # int4 brings nothing there
+    order = sorted(set(names) - free, key=lambda name: (-sensitivity[name] / saved_bytes[name], names.index(name)))
+    if meets(free):
+        return free
+    if not meets(free.union(order)):
         return None
-    while high - low > 1:  # the beginning up to low does not meet the limit, the one up to high does
+    count = _shortest(order, free, meets)
+    kept = free.union(order[count - 1 : count])
+    if meets(kept):
+        return kept
+    before = order[: count - 1]
+    return kept.union(before[: _shortest(before, kept, meets)])
+
+
+def _shortest(order: Sequence[str], kept: frozenset[str], meets: Callable[[frozenset[str]], bool]) -> int:
+    """The least length at which a beginning of the order with ``kept`` meets; 0 does not, and all of it does."""
+    low, high = 0, len(order)
+    while high - low > 1:
         middle = (low + high) // 2
-        if meets(frozenset(order[:middle])):
+        if meets(kept.union(order[:middle])):
             high = middle
         else:
             low = middle
-    return frozenset(order[:high])
+    return high
 
 
 def _decode_speed(runner: NativeRunner) -> float:

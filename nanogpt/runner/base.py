@@ -95,7 +95,7 @@ class Runner(Protocol):
     """``cpu`` or ``cuda``, as ``/health`` shows it."""
     precision: str
     arithmetic: str
-    """The precision in words: ``int4, 7 of 49 matrices in int8`` where a plan says so."""
+    """The precision in words: ``int4 with 7 of 49 matrices in int8`` where a plan says so."""
     int8_matrices: list[str] | None
     """Under int4: the matrices that stay in int8. Texts depend on them. None in any other precision."""
     name: str

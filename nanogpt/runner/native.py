@@ -72,7 +72,7 @@ class NativeRunner:
             kinds = _mixture(self.config, int8_matrices)
             self.int8_matrices = [name for name in matrix_names(self.config) if name in int8_matrices]
             if self.int8_matrices:
-                self.arithmetic += f", {len(self.int8_matrices)} of {len(kinds)} matrices in int8"
+                self.arithmetic += f" with {len(self.int8_matrices)} of {len(kinds)} matrices in int8"
         self.packed_bytes = _kernels.packed_bytes(config, kinds)
 
         def pack(memory: Bytes) -> None:
