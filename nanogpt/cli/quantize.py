@@ -72,11 +72,13 @@ def run(args: argparse.Namespace) -> int:
         require_place(checkpoint)  # now, not after minutes of measuring
     receipt = _receipt(checkpoint, args, settings.threads)
     receipt["plan"] = None
-    if keep and receipt["int4_accepted"]:
-        row, about = receipt["mixed"], ("text", "num_predictions", "max_int4_loss_percent")
-        measured = {"perplexity_percent": row["perplexity_percent"], **{name: receipt[name] for name in about}}
-        receipt["plan"] = str(write_plan(checkpoint, row["int8_matrices"], measured))
-    print(json.dumps(receipt, indent=2) if args.json else "\n".join(_render(receipt)))
+    try:
+        if keep and receipt["int4_accepted"]:
+            row, about = receipt["mixed"], ("text", "num_predictions", "max_int4_loss_percent")
+            measured = {"perplexity_percent": row["perplexity_percent"], **{name: receipt[name] for name in about}}
+            receipt["plan"] = str(write_plan(checkpoint, row["int8_matrices"], measured))
+    finally:  # what was measured is told, also where the plan could not be written
+        print(json.dumps(receipt, indent=2) if args.json else "\n".join(_render(receipt)))
     return 0 if receipt["accepted"] and receipt["int4_accepted"] is not False else 1
 
 
@@ -186,7 +188,7 @@ def _verdicts(receipt: dict[str, Any]) -> list[str]:
         if highest > receipt["max_int4_loss_percent"]:
             lines.append(f"  its 95 % interval ends at {highest:+.3f} %: more text (--text, --tokens) tells it better")
     kept = receipt["plan"]
-    lines.append(f"plan: {kept}; --precision int4 follows it" if kept else "no plan was kept")
+    lines.append(f"plan: {kept}; --precision int4 follows it" if kept else "no plan was written")
     return lines
 
 

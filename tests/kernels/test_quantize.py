@@ -88,6 +88,16 @@ def test_a_plan_that_could_not_be_kept_is_refused_before_anything_is_measured(
     assert main(["quantize", str(checkpoint), "--tokens", "64", "--no-plan"]) in (0, 1)
 
 
+def test_what_was_measured_is_told_where_the_plan_cannot_be_written(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint.with_name("ckpt.pt.int4.json").mkdir()
+    assert main(["quantize", str(checkpoint), "--tokens", "64", "--max-loss", "9", "--max-int4-loss", "9"]) == 2
+    said = capsys.readouterr()
+    assert "no plan was written" in said.out
+    assert "cannot be kept" in said.err
+
+
 def test_a_model_that_cannot_read_the_embedded_text_needs_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
