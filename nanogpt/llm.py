@@ -121,6 +121,8 @@ class LLM:
             **card(checkpoint),
             "device": self._runner.device,
             "precision": self._runner.precision,
+            "arithmetic": self._runner.arithmetic,
+            "int8_matrices": self._runner.int8_matrices,
             "runner": self._runner.name,
         }
         self._grammars = Grammars(lambda: self.tokenizer, self.config.num_tokens)

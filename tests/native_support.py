@@ -11,10 +11,11 @@ import numpy.typing as npt
 from tiny_model import tiny_checkpoint
 
 from nanogpt import _kernels
-from nanogpt.runner.native import NativeRunner
+from nanogpt.runner.native import NativeRunner, matrix_names
 
 ISAS = tuple(_kernels.usable_isas())
-PRECISIONS = ("int8", "int4", "fp32")
+PRECISIONS = ("int8", "int4", "mixed", "fp32")
+"""mixed: int4, and every second matrix in int8."""
 
 # Shapes on the kernels' seams: heads no multiple of 4 or 16, widths none of 16 or 64, one head, contexts past a
 # K/V leaf of 64 tokens, both GELUs, no bias, an untied head, an MLP of another width.
@@ -30,12 +31,14 @@ def native_runner(
     shape: str = "small", precision: str = "int8", threads: int = 1, isa: str = "", num_slots: int = 8
 ) -> NativeRunner:
     """A runner on random weights, which leaves nothing in the user's cache."""
+    checkpoint = tiny_checkpoint(**SHAPES[shape])
     with mock.patch.dict(os.environ, {"NANOGPT_ISA": isa, "NANOGPT_CACHE_DIR": "off"}):
         return NativeRunner(
-            tiny_checkpoint(**SHAPES[shape]),  # type: ignore[arg-type]
-            precision=precision,
+            checkpoint,  # type: ignore[arg-type]
+            precision="int4" if precision == "mixed" else precision,
             num_slots=num_slots,
             threads=threads,
+            int8_matrices=matrix_names(checkpoint.config)[1::2] if precision == "mixed" else (),
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +25,8 @@ NUM_TOKENS = 37
 class TinyCheckpoint:
     config: GPTConfig
     tensors: Mapping[str, Tensor]
+    path: Path = Path("tiny_model.pt")
+    name: str = "tiny_model"
 
 
 def tiny_checkpoint(seed: int = 0, **changes: Any) -> TinyCheckpoint:

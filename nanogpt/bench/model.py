@@ -12,7 +12,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from nanogpt.model.config import GPTConfig
 from nanogpt.runner import create_runner
 from nanogpt.runner.base import Batch, Runner, SamplingState
 from nanogpt.runner.cpus import usable_cpus
+from nanogpt.runner.int4_plan import matrix_sizes
 from nanogpt.sampling_params import SamplingParams
 from nanogpt.settings import Settings
 
@@ -73,7 +74,7 @@ def measure(settings: Settings, job: Job, say: Say = lambda text: None) -> dict[
                 field="prompt_tokens",
             )
         threads = settings.threads or usable_cpus()
-        weights = weight_bytes(config, runner.precision)
+        weights = weight_bytes(config, runner.precision, runner.int8_matrices)
         say(f"reading {weights / 1e6:,.1f} MB as fast as the machine can")
         speed = _cuda_bandwidth() if runner.device == "cuda" else read_speed(weights, threads)
         loaded = _memory()
@@ -90,6 +91,7 @@ def measure(settings: Settings, job: Job, say: Say = lambda text: None) -> dict[
             "model": {name: about.get(name) for name in ("name", "family", "parameters", "n_layer", "n_head", "n_embd",
                                                         "block_size", "num_tokens")},
             "runner": runner.name, "device": runner.device, "precision": runner.precision,
+            "arithmetic": runner.arithmetic,
             "threads": threads if runner.device == "cpu" else None,
             "prompt_tokens": prompt, "load_s": round(load_s, 3),
             "weight_bytes": weights, "kv_bytes_a_sequence": _kv_bytes(config, runner.precision, config.block_size),
@@ -100,11 +102,11 @@ def measure(settings: Settings, job: Job, say: Say = lambda text: None) -> dict[
         runner.close()
 
 
-def weight_bytes(config: GPTConfig, precision: str) -> int:
+def weight_bytes(config: GPTConfig, precision: str, int8_matrices: Sequence[str] | None = None) -> int:
     """What a decode step reads of the matrices: the blocks and the output head; of the embedding one row a sequence."""
-    c, f = config.n_embd, config.n_inner
-    matrices = config.n_layer * (4 * c * c + 2 * c * f) + config.vocab_size * c
-    return round(matrices * _WEIGHT_BYTES[precision])
+    sizes = {name: n for name, n in matrix_sizes(config).items() if config.tied or name != "transformer.wte"}
+    int8 = int8_matrices or ()
+    return round(sum(n * _WEIGHT_BYTES["int8" if name in int8 else precision] for name, n in sizes.items()))
 
 
 def read_speed(size: int, threads: int) -> float:
@@ -160,9 +162,8 @@ def _row(runner: Runner, batch: int, prompt: int, job: Job, speed: float) -> dic
         position += 1
     step_s = statistics.median(times[1:] or times)
     middle = prompt + min(len(times), room) // 2
-    step_bytes = weight_bytes(runner.config, runner.precision) + batch * _kv_bytes(
-        runner.config, runner.precision, middle
-    )
+    weights = weight_bytes(runner.config, runner.precision, runner.int8_matrices)
+    step_bytes = weights + batch * _kv_bytes(runner.config, runner.precision, middle)
     return {
         "batch": batch,
         "prefill_tokens_per_s": round(batch * prompt / prefill_s, 2),
@@ -240,7 +241,7 @@ def table(report: dict[str, Any]) -> str:
     device = f"; {_mb(memory['cuda_peak'])} of the device at most" if "cuda_peak" in memory else ""
     lines = [
         f"{model['name'] or 'the embedded model'}: {size}, context {model['block_size']:,}",
-        f"{report['runner']} runner on {report['device']}, {report['precision']}{threads};"
+        f"{report['runner']} runner on {report['device']}, {report['arithmetic']}{threads};"
         f" {report['machine']['processor']}",
         f"a step reads {_mb(report['weight_bytes'])} of weights; this machine reads"
         f" {report['read_bytes_per_s'] / 1e9:,.1f} GB/s of a buffer of that size",

@@ -21,10 +21,10 @@ from nanogpt.checkpoint.types import Checkpoint, Tensor
 from nanogpt.errors import CheckpointError, UnsupportedCheckpoint
 from nanogpt.tokenizer.characters import CharacterTokenizer
 
-# Files that a conversion writes; a folder with others in it is never replaced.
+# Files that a conversion writes, and the int4 plans beside them; a folder with others in it is never replaced.
 _OUTPUTS: Final = frozenset(
     {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "characters.json", "ckpt.pt",
-     "meta.pkl", "model.bin", "gpt2_tokenizer.bin"}
+     "meta.pkl", "model.bin", "gpt2_tokenizer.bin", "int4.json", "ckpt.pt.int4.json", "model.bin.int4.json"}
 )  # fmt: skip
 
 

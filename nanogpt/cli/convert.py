@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanogpt.cli._arguments import add_setting
+from nanogpt.errors import CheckpointError
 from nanogpt.settings import Settings
 
 if TYPE_CHECKING:
+    from nanogpt.checkpoint.types import Checkpoint
     from nanogpt.model.config import Activation
 
 HELP = "write a checkpoint as a Hugging Face, nanoGPT or llm.c folder"
@@ -46,9 +48,26 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = load_checkpoint(args.checkpoint, tokenizer=settings.tokenizer, activation=activations.get(args.gelu))
     folder = Path(args.folder)
     notes = convert(checkpoint, folder, args.to, force=args.force, change_gelu=args.change_gelu)
+    notes += _carry_plan(checkpoint, folder)
     print(f"{checkpoint.path} ({checkpoint.family}) → {folder}")
     for file in sorted(folder.iterdir()):
         print(f"  {file.name:<24}{file.stat().st_size:>14,} bytes")
     for note in (*checkpoint.notes, *notes):
         print(f"  {note}")
     return 0
+
+
+def _carry_plan(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """Take an int4 plan along; what a user should know of it."""
+    from nanogpt.checkpoint import load_checkpoint
+    from nanogpt.runner.int4_plan import carry_plan, plan_path
+
+    if not plan_path(checkpoint).exists():
+        return []
+    try:
+        carried = carry_plan(checkpoint, load_checkpoint(folder))
+    except CheckpointError as error:
+        return [f"The int4 plan was left behind. {error}"]
+    if carried is None:
+        return ["The int4 plan was left behind: the weights have another form now. nanogpt quantize makes it again."]
+    return [f"The int4 plan goes with it: {carried.name}."]

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
                 result = getattr(tasks, f"evaluate_{name}")(llm, Path(path), limit=args.limit, progress=progress)
                 progress.end()
                 found.append({**result, "seconds": round(time.monotonic() - start, 3)})
-        card = {key: llm.card[key] for key in ("name", "path", "step", "runner", "precision", "device")}
+        card = {key: llm.card[key] for key in ("name", "path", "step", "runner", "precision", "arithmetic", "device")}
     if args.json:
         results = [tasks.without_infinities(result) for result in found]
         print(json.dumps({"model": card, "results": results}, indent=2, ensure_ascii=False))
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 def table(card: dict[str, Any], results: list[dict[str, Any]]) -> list[str]:
     """The results as lines of text."""
-    lines = [f"{card['name']}, computed by {card['runner']} in {card['precision']} on {card['device']}", ""]
+    lines = [f"{card['name']}, computed by {card['runner']} on {card['device']} in {card['arithmetic']}", ""]
     rows = [("task", "measure", "value", "95 % interval", "of")]
     for r in results:
         if r["task"] == "loss":

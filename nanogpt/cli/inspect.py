@@ -93,7 +93,7 @@ def render(card: dict[str, Any]) -> list[str]:
 
 def _proof_line(proof: dict[str, Any], recorded: float | None) -> str:
     computed = f"loss {proof['loss']:.4f} on {proof['predictions']:,} tokens of {proof['text']}"
-    how = f"computed by {proof['runner']} in {proof['precision']} on {proof['device']}"
+    how = f"computed by {proof['runner']} on {proof['device']} in {proof['arithmetic']}"
     return f"{computed}, {how}; recorded in the file: {'none' if recorded is None else f'{recorded:.4f}'}"
 
 
@@ -107,7 +107,7 @@ def _proof(args: argparse.Namespace) -> dict[str, Any]:
         if len(token_ids) <= _MIN_PREDICTIONS:
             raise InvalidRequest(f"{args.proof} has only {len(token_ids):,} tokens.", remedy="Give a longer text.")
         loss = mean_loss(llm, token_ids)
-        how = {key: llm.card[key] for key in ("runner", "precision", "device")}
+        how = {key: llm.card[key] for key in ("runner", "precision", "arithmetic", "device")}
     return {"loss": loss, "predictions": len(token_ids) - 1, "text": args.proof, **how}
 
 

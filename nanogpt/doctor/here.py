@@ -91,7 +91,12 @@ class Here:
         return choose_runner(device=s.device, precision=s.precision, runner=s.runner)
 
     def need(self, checkpoint: Checkpoint) -> Need:
-        """What serving this checkpoint with these settings takes. Raises: SettingsError, MissingDependency."""
+        """What serving this checkpoint with these settings takes.
+
+        Raises: SettingsError, MissingDependency; CheckpointError for an int4 plan that cannot be followed.
+        """
+        from nanogpt.runner.int4_plan import matrix_sizes, read_plan  # NumPy
+
         name, device = self.runner()
         precision = self.settings.precision
         if precision == "auto":
@@ -100,8 +105,12 @@ class Here:
         positions = (num_slots(self.settings) + 1) * config.block_size
         # K and V of the native runner are bytes with a scale, those of PyTorch are of the weights' type.
         kv_bytes = 1.1 if name == "native" and precision != "fp32" else _WEIGHT_BYTES[precision]
+        weights = config.num_parameters() * _WEIGHT_BYTES[precision]
+        if precision == "int4":
+            in_int8 = sum(n for name, n in matrix_sizes(config).items() if name in (read_plan(checkpoint) or ()))
+            weights += in_int8 * (_WEIGHT_BYTES["int8"] - _WEIGHT_BYTES["int4"])
         return Need(
-            weights=int(config.num_parameters() * _WEIGHT_BYTES[precision]),
+            weights=int(weights),
             kv=int(2 * config.n_layer * config.n_embd * positions * kv_bytes),
             engine=_ENGINE_BYTES[name],
             where=device,
@@ -143,7 +152,7 @@ def _compute(checkpoint: Checkpoint, settings: Settings) -> Trial:
         start = checkpoint.tokenizer.eos_token_id or 0
         smoke_test(runner, start)
         count = min(_TRIAL_TOKENS, checkpoint.config.block_size)
-        return Trial(runner.name, runner.device, runner.precision, _seconds_for(runner, start, count) / count)
+        return Trial(runner.name, runner.device, runner.arithmetic, _seconds_for(runner, start, count) / count)
     finally:
         runner.close()
 

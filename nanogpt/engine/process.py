@@ -71,7 +71,7 @@ def load_model(settings: Settings) -> Model:
     return Model(
         runner=runner,
         name=checkpoint.name,
-        card=card(checkpoint),
+        card={**card(checkpoint), "arithmetic": runner.arithmetic, "int8_matrices": runner.int8_matrices},
         digest=weights_digest(checkpoint),
         tokenizer_spec=checkpoint.tokenizer.to_spec(),
         eos_token_id=checkpoint.tokenizer.eos_token_id,
@@ -153,7 +153,7 @@ def serve(settings: Settings, model: Model, path: str, status: StatusPipe, since
         gc.collect()
         give_back_memory()
         gc.freeze()
-        where = f"{runner.device}, {runner.name}, {runner.precision}"
+        where = f"{runner.device}, {runner.name}, {model.card.get('arithmetic', runner.precision)}"
         logger.info("Ready: %s on %s after %.1f s.", model.name, where, time.monotonic() - since)
         path = model.card.get("path", settings.model_checkpoint)
         about = {"name": model.name, "path": path, "digest": model.digest, "card": model.card}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from nanogpt.errors import MissingDependency, SettingsError
@@ -36,13 +37,17 @@ def create_runner(
 
     ``auto`` never fails for want of something that another choice could do without.
 
-    Raises: SettingsError when what was asked for cannot be, MissingDependency when something has to be installed.
+    Under int4 the matrices that the checkpoint's plan names stay in int8.
+
+    Raises: SettingsError when what was asked for cannot be, MissingDependency when something has to be installed;
+    CheckpointError for a plan that cannot be followed.
     """
     name, device = choose_runner(device=device, precision=precision, runner=runner)
     if name == "native":
         from nanogpt.runner.native import NativeRunner
 
-        return NativeRunner(checkpoint, precision=precision, num_slots=num_slots, threads=threads)
+        int8 = _planned(checkpoint) if precision == "int4" else ()
+        return NativeRunner(checkpoint, precision=precision, num_slots=num_slots, threads=threads, int8_matrices=int8)
     # Read when OpenMP is loaded, with PyTorch. By default its threads spin while they wait for each other; where HTTP
     # workers or other processes share the cores, that is for one that cannot run: texts took ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -59,6 +64,20 @@ def create_runner(
             "nano-gpt-api again builds the CPU runner.",
         ) from None
     return TorchRunner(checkpoint, device=device, precision=precision, num_slots=num_slots, threads=threads)
+
+
+def _planned(checkpoint: Checkpoint) -> Collection[str]:
+    """The matrices that stay in int8 under int4. Raises: CheckpointError for a plan that cannot be followed."""
+    from nanogpt.runner.int4_plan import read_plan
+
+    plan = read_plan(checkpoint)
+    if plan is None:
+        logger.info(
+            "%s has no int4 plan, so every matrix is int4: `nanogpt quantize` measures what that costs, and which of "
+            "them should stay in int8.",
+            checkpoint.name,
+        )
+    return plan or ()
 
 
 def choose_runner(*, device: str = "auto", precision: str = "auto", runner: str = "auto") -> tuple[str, str]:

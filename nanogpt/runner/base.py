@@ -94,6 +94,10 @@ class Runner(Protocol):
     device: str
     """``cpu`` or ``cuda``, as ``/health`` shows it."""
     precision: str
+    arithmetic: str
+    """The precision in words: ``int4 with 7 of 49 matrices in int8`` where a plan says so."""
+    int8_matrices: list[str] | None
+    """Under int4: the matrices that stay in int8. Texts depend on them. None in any other precision."""
     name: str
     """``torch`` or ``native``."""
     same_bits: bool

@@ -9,6 +9,7 @@ instruction set, and pass batches on.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +33,8 @@ _HEAD_ROWS = 64
 class NativeRunner:
     """See ``nanogpt.runner.base.Runner``. ``precision``: int8 (default), int4, or fp32 (exact to float32's rounding).
 
-    ``threads`` 0: as many as the container may use. The variable NANOGPT_ISA forces an instruction set. ``kinds`` sets
-    each matrix's own precision, in the order of ``matrix_names`` (0 fp32, 1 int8, 2 int4); for measuring.
+    ``threads`` 0: as many as the container may use. The variable NANOGPT_ISA forces an instruction set. Under
+    int4 the matrices that ``int8_matrices`` names are in int8. ``cached`` False keeps no packed weights; for measuring.
     """
 
     device = "cpu"
@@ -47,7 +48,8 @@ class NativeRunner:
         precision: str = "int8",
         num_slots: int = 32,
         threads: int = 0,
-        kinds: list[int] | None = None,
+        int8_matrices: Collection[str] = (),
+        cached: bool = True,
     ) -> None:
         if precision == "auto":
             precision = "int8"
@@ -63,8 +65,14 @@ class NativeRunner:
         self.num_threads = threads or usable_cpus()
         config = _native_config(self.config)
         isa = chosen_isa()
-        keep = kinds is None
-        kinds = kinds or [_KINDS[precision]] * _kernels.num_matrices(config)
+        kinds = [_KINDS[precision]] * _kernels.num_matrices(config)
+        self.arithmetic = precision
+        self.int8_matrices: list[str] | None = None
+        if precision == "int4":
+            kinds = _mixture(self.config, int8_matrices)
+            self.int8_matrices = [name for name in matrix_names(self.config) if name in int8_matrices]
+            if self.int8_matrices:
+                self.arithmetic += f" with {len(self.int8_matrices)} of {len(kinds)} matrices in int8"
         self.packed_bytes = _kernels.packed_bytes(config, kinds)
 
         def pack(memory: Bytes) -> None:
@@ -72,7 +80,7 @@ class NativeRunner:
 
         packed = (
             packed_weights(checkpoint, f"{self.config} {kinds}", self.packed_bytes, pack)
-            if keep
+            if cached
             else packed_in_memory(self.packed_bytes, pack)
         )
         give_back_memory()
@@ -186,6 +194,15 @@ def pack_into(
             _kernels.pack(config, kinds, packed, name, vector, None, threads)
         if stored in tensors:
             release_pages(tensors[stored].raw)
+
+
+def int4_bytes(config: GPTConfig, int8_matrices: Collection[str]) -> int:
+    """Size of the packed weights under int4 with these matrices in int8."""
+    return int(_kernels.packed_bytes(_native_config(config), _mixture(config, int8_matrices)))
+
+
+def _mixture(config: GPTConfig, int8_matrices: Collection[str]) -> list[int]:
+    return [_KINDS["int8" if name in int8_matrices else "int4"] for name in matrix_names(config)]
 
 
 def matrix_names(config: GPTConfig) -> list[str]:

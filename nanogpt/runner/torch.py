@@ -49,6 +49,7 @@ class TorchRunner:
 
     name = "torch"
     same_bits = False
+    int8_matrices: list[str] | None = None
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class TorchRunner:
         self.config = checkpoint.config
         self.num_slots = num_slots
         self.device = device
-        self.precision = precision
+        self.precision = self.arithmetic = precision
         self._device = torch.device(device)
         # On a CPU copying K and V together costs more than the calls that it saves, and a sequence's attention does
         # not depend on who else is in the batch.

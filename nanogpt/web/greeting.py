@@ -38,7 +38,7 @@ def greeting(settings: Settings, states: Sequence[EngineStatus], urls: list[str]
 
 def _model(status: EngineStatus, card: Mapping[str, Any]) -> str:
     what = f"{card['family']}, {_count(card['parameters'])} parameters, context {card['block_size']}"
-    how = f"{status.device}, {status.runner} runner, {status.precision}"
+    how = f"{status.device}, {status.runner} runner, {card.get('arithmetic', status.precision)}"
     return f"{status.model} ({what}, tokenizer {card['tokenizer']}) on {how}"
 
 

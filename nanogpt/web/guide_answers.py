@@ -87,6 +87,9 @@ class ModelInfo(Answer):
     recorded_loss: float | None = Field(description="As its training recorded it.")
     device: str | None
     precision: str | None = Field(description="Arithmetic of the weights.")
+    int8_matrices: list[str] | None = Field(
+        description="Under int4: the matrices that stay in int8, as nanogpt quantize planned it."
+    )
     runner: str | None
     digest: str | None = Field(description="SHA-256 of the weights.")
 

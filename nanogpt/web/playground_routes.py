@@ -110,6 +110,7 @@ def describe_model(model: ServedModel) -> dict[str, Any]:
         "recorded_loss": card.get("recorded_loss"),
         "device": now.device,
         "precision": now.precision,
+        "int8_matrices": card.get("int8_matrices"),
         "runner": now.runner,
         "digest": model.digest or None,
     }

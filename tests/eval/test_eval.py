@@ -80,7 +80,7 @@ def test_one_window_tells_no_interval(tmp_path: Path) -> None:
     path.write_text("ab cd")
     found = tasks.evaluate_loss(Fixed(16), path)  # type: ignore[arg-type]
     assert tasks.without_infinities(found)["loss_margin"] is None
-    assert "unknown" in "".join(table({"name": "x", "runner": "x", "precision": "x", "device": "x"}, [found]))
+    assert "unknown" in "".join(table({"name": "x", "runner": "x", "arithmetic": "x", "device": "x"}, [found]))
 
 
 def test_hellaswag_is_length_normalised(tmp_path: Path) -> None:

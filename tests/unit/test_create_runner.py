@@ -72,7 +72,8 @@ def test_the_runner_for_a_cpu(options: dict[str, Any], name: str) -> None:
     runner = create(**options)
     assert (runner.name, runner.device) == (name, "cpu")
     if name == "native":
-        assert runner.options == {"precision": options.get("precision", "auto"), "num_slots": 3, "threads": 1}
+        precision = options.get("precision", "auto")
+        assert runner.options == {"precision": precision, "num_slots": 3, "threads": 1, "int8_matrices": ()}
     else:
         assert (runner.num_slots, runner.precision) == (3, options.get("precision", "fp32"))
 

@@ -189,6 +189,7 @@ STATUS = EngineStatus(
         {"digest": "b" * 64}, {"device": "cuda"}, {"precision": "fp32"}, {"runner": "torch"},
         {"tokenizer": {"kind": "characters", "characters": ["a"]}}, {"card": {"n_head": 8, "activation": "gelu"}},
         {"card": {"n_head": 4, "activation": "relu"}},
+        {"card": {"n_head": 4, "activation": "gelu", "int8_matrices": ["transformer.wte"]}},
     ],
     ids=str,
 )  # fmt: skip

@@ -96,6 +96,10 @@ def test_the_model_is_described_without_the_hosts_paths() -> None:
     assert answer.json["has_chat_template"] is True
     assert (answer.json["device"], answer.json["precision"], answer.json["digest"]) == ("cpu", "int8", "ab12")
     assert "secret" not in answer.text
+    assert answer.json["int8_matrices"] is None
+    planned = {**card, "int8_matrices": ["transformer.wte"]}
+    client.status = replace(client.status, card=planned, precision="int4")
+    assert make_app(client).test_client().get("/model_info").json["int8_matrices"] == ["transformer.wte"]
 
 
 def test_every_word_is_there_in_both_languages() -> None:
