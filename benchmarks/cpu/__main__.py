@@ -45,9 +45,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
         "--repeats", type=int, default=5, help="samples a figure is the median of (default %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="one short sample each: does everything run?")
-    parser.add_argument(
-        "--roofline", action="store_true", help="only print what each kernel of a step reads, multiplies and takes, and stop"
-    )
+    parser.add_argument("--roofline", action="store_true", help="only print what each kernel of a step needs and takes")
     parser.add_argument("--threads", type=int, default=2, help="threads of every engine (default %(default)s)")
     parser.add_argument("--limit", type=float, default=1800, help="seconds that one engine may take in all, a model")
     parser.add_argument(
