@@ -54,13 +54,10 @@ NG_INLINE void store_bytes(uint8_t* to, const I32& a) {
   for (int j = 0; j < 16; j++) to[j] = uint8_t(t[j]);
 #endif
 }
-// In AVX2's order, see there.
 NG_INLINE void store_shorts(uint8_t* to, const I32& a) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   const __m256i halves = _mm256_packs_epi32((__m256i)a.v[0], (__m256i)a.v[1]);
-  const __m256i in_order = _mm256_permute4x64_epi64(halves, _MM_SHUFFLE(3, 1, 2, 0));
-  const __m256i low = _mm256_shufflelo_epi16(in_order, _MM_SHUFFLE(3, 1, 2, 0));
-  _mm256_storeu_si256((__m256i*)to, _mm256_shufflehi_epi16(low, _MM_SHUFFLE(3, 1, 2, 0)));
+  _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(halves, _MM_SHUFFLE(3, 1, 2, 0)));
 #else
   alignas(64) int32_t t[16];
   store(t, a);
@@ -222,7 +219,7 @@ inline void dot_15(const uint8_t* a, size_t a_stride, int plane, const uint8_t* 
 // ---- AVX2: int16 products ---------------------------------------------------------------------------------------------
 
 #elif defined(__AVX2__)
-constexpr int kMaxRows = 5;  // two accumulators each, four registers of weights, and one to spare
+constexpr int kMaxRows = 6;
 constexpr int kPanelsAtOnce = 1;
 
 // acc += products of int16, two a lane / of u8 x s8 into int16, two a lane. As instructions: from intrinsics GCC 12 makes
@@ -241,58 +238,55 @@ NG_INLINE __m256i broadcast4(const uint8_t* p) {
   return _mm256_set1_epi32(four);
 }
 
-// Weights become int16 by a mask and a shift, which leaves the inputs 0 and 2 of four in one register and 1 and 3 in
-// another. So activations lie in the order 0 2 1 3. A product of two of them sums up a column in its own lane.
-template <int R>
-NG_INLINE void dot_shorts(const uint8_t* a, size_t a_stride, const uint8_t* w, int kq, __m256i (&acc)[R][2]) {
-  const __m256i mask = _mm256_set1_epi16(255);
-  for (int k = 0; k < kq; k++, a += 8, w += 64) {
-    __m256i even[2], odd[2];
-    each<2>(NG_BODY(h) {
-      const __m256i both = _mm256_loadu_si256((const __m256i*)(w + 32 * h));
-      even[h] = _mm256_and_si256(both, mask);
-      odd[h] = _mm256_srli_epi16(both, 8);
-    });
+// For one or two rows a panel's 16 columns at once, for more 8 and then 8: so all sums stay in registers. A column has two
+// in an accumulator, of inputs 0 + 1 and 2 + 3 of four. On the way `next` is fetched, `stride` bytes further for each four.
+template <int R, bool kFetch>
+NG_INLINE void dot_16(const uint8_t* a, size_t a_stride, const uint8_t* w, int kq, const int32_t* offsets, int32_t* out,
+                      int ldo, bool add, const uint8_t* next, size_t stride) {
+  constexpr int C = R <= 2 ? 4 : 2;
+  for (int first = 0; first < 16; first += 4 * C) {
+    __m256i acc[R][C];
+    each<R>(NG_BODY(r) { each<C>(NG_BODY(c) { acc[r][c] = _mm256_setzero_si256(); }); });
+    const uint8_t *x = a, *b = w + 4 * first;
+    for (int k = 0; k < kq; k++, x += 8, b += 64) {
+      if (kFetch) prefetch(next);
+      if (kFetch) next += stride;
+      __m256i weights[C];
+      each<C>(NG_BODY(c) { weights[c] = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(b + 16 * c))); });
+      each<R>(NG_BODY(r) {
+        int64_t four;
+        std::memcpy(&four, x + r * a_stride, 8);
+        const __m256i activations = _mm256_set1_epi64x(four);
+        each<C>(NG_BODY(c) { multiply_add(acc[r][c], weights[c], activations); });
+      });
+    }
     each<R>(NG_BODY(r) {
-      const __m256i v02 = broadcast4(a + r * a_stride);
-      each<2>(NG_BODY(h) { multiply_add(acc[r][h], even[h], v02); });
-      const __m256i v13 = broadcast4(a + r * a_stride + 4);
-      each<2>(NG_BODY(h) { multiply_add(acc[r][h], odd[h], v13); });
+      each<C / 2>(NG_BODY(half) {
+        // hadd works in halves: columns 0 1 4 5 | 2 3 6 7 of the eight; the permutation puts them in order.
+        const __m256i pairs = _mm256_hadd_epi32(acc[r][2 * half], acc[r][2 * half + 1]);
+        const __m256i s = _mm256_permute4x64_epi64(pairs, _MM_SHUFFLE(3, 1, 2, 0));
+        __m256i* o = (__m256i*)(out + r * ldo + first + 8 * half);
+        _mm256_storeu_si256(o, _mm256_add_epi32(s, add ? _mm256_loadu_si256(o) : _mm256_set1_epi32(-offsets[r])));
+      });
     });
   }
-}
-template <int R>
-NG_INLINE void put_sums(const __m256i (&acc)[R][2], int32_t* out, int ldo) {
-  each<R>(NG_BODY(r) {
-    each<2>(NG_BODY(h) { _mm256_storeu_si256((__m256i*)(out + r * ldo + 8 * h), acc[r][h]); });
-  });
 }
 
 template <int R, int P>
 inline void dot_15(const uint8_t* a, size_t a_stride, int, const uint8_t* w, size_t, int kq, const int32_t* offsets,
                    int32_t* out, int ldo, bool add) {
   static_assert(P == 1, "one panel fills the registers");
-  __m256i acc[R][2];
-  each<R>(NG_BODY(r) {
-    each<2>(NG_BODY(h) {
-      acc[r][h] = add ? _mm256_loadu_si256((const __m256i*)(out + r * ldo + 8 * h)) : _mm256_set1_epi32(-offsets[r]);
-    });
-  });
-  dot_shorts<R>(a, a_stride, w, kq, acc);
-  put_sums<R>(acc, out, ldo);
+  dot_16<R, false>(a, a_stride, w, kq, offsets, out, ldo, add, nullptr, 0);
 }
-
 template <int R, int P>
 inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo*, const uint8_t* w, size_t, int groups,
                        const int32_t* offsets, int32_t* out, int ldo, Ahead ahead) {
   static_assert(P == 1, "one panel fills the registers");
-  __m256i acc[R][2];
-  each<R>(NG_BODY(r) { each<2>(NG_BODY(h) { acc[r][h] = _mm256_set1_epi32(-offsets[r]); }); });
-  for (int g = 0; g < groups; g++, a += 2 * kGroup, w += kLanes * kGroup) {
-    dot_shorts<R>(a, a_stride, w, kGroup / 4, acc);
-    for (int i = 0; i < ahead.lines; i++, ahead.next += 64) prefetch(ahead.next);
-  }
-  put_sums<R>(acc, out, ldo);
+  const int kq = groups * kGroup / 4;
+  if (R > 2 && ahead.lines)  // in two turns
+    dot_16<R, true>(a, a_stride, w, kq, offsets, out, ldo, false, ahead.next, 2 * ahead.lines);
+  else
+    dot_16<R, false>(a, a_stride, w, kq, offsets, out, ldo, false, nullptr, 0);
 }
 
 // ---- plain C++ ----------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ struct Scratch {
 };
 
 constexpr int kScratchRows = 8;  // at least every instruction set's kMaxRows
-constexpr int kOwnRows = 1;  // batches up to this are normalized by every thread for itself: cheaper than a barrier
+constexpr int kOwnRows = 4;  // batches up to this are normalized by every thread for itself: cheaper than a barrier
 
 // Parts of a step whose time can be asked for.
 enum class Part { kEmbedding, kQkv, kAttention, kProj, kFc, kFcProj, kHead, kSampling };
