@@ -83,6 +83,7 @@ NG_INLINE void put(uint8_t* row, int plane, int i, const I32& a) {
 #if defined(__AVX512VNNI__)
 constexpr int kMaxRows = 6;
 constexpr int kPanelsAtOnce = 4;  // for up to three rows, and two for more: as many sums as there are registers
+constexpr int kFetchFrom = 4;     // rows: for fewer the processor's own prefetcher is as good, and instructions are felt
 
 // acc += four products u8 x s8 a lane. As an instruction and not as its intrinsic, for which GCC 12 copies every
 // accumulator twice.
@@ -152,6 +153,7 @@ inline void dot_15(const uint8_t* a, size_t a_stride, int plane, const uint8_t* 
 #elif defined(__ARM_FEATURE_DOTPROD)
 constexpr int kMaxRows = 3;
 constexpr int kPanelsAtOnce = 1;
+constexpr int kFetchFrom = 1;
 
 // Signed products alone are in every such machine: w + 128 as a byte, with its top bit turned, is w as int8. So there
 // is nothing to take off, and the offsets that callers pass (for x86) are ignored.
@@ -221,6 +223,7 @@ inline void dot_15(const uint8_t* a, size_t a_stride, int plane, const uint8_t* 
 #elif defined(__AVX2__)
 constexpr int kMaxRows = 6;
 constexpr int kPanelsAtOnce = 1;
+constexpr int kFetchFrom = 1;
 
 // acc += products of int16, two a lane / of u8 x s8 into int16, two a lane. As instructions: from intrinsics GCC 12 makes
 // sums of products first, which takes more registers than there are.
@@ -283,8 +286,8 @@ inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo*, cons
                        const int32_t* offsets, int32_t* out, int ldo, Ahead ahead) {
   static_assert(P == 1, "one panel fills the registers");
   const int kq = groups * kGroup / 4;
-  if (R > 2 && ahead.lines)  // in two turns
-    dot_16<R, true>(a, a_stride, w, kq, offsets, out, ldo, false, ahead.next, 2 * ahead.lines);
+  if (ahead.lines)  // in one turn or two
+    dot_16<R, true>(a, a_stride, w, kq, offsets, out, ldo, false, ahead.next, (R <= 2 ? 4 : 2) * ahead.lines);
   else
     dot_16<R, false>(a, a_stride, w, kq, offsets, out, ldo, false, nullptr, 0);
 }
@@ -294,6 +297,7 @@ inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo*, cons
 #else
 constexpr int kMaxRows = 3;
 constexpr int kPanelsAtOnce = 1;
+constexpr int kFetchFrom = 1;
 
 template <int R, int P>
 inline void dot_15(const uint8_t* a, size_t a_stride, int, const uint8_t* w, size_t, int kq, const int32_t* offsets,

@@ -197,10 +197,9 @@ inline void matmul_part(const Matrix& m, const Act& act, int r0, int n, int firs
     for (int g = 0; g < groups; g++) {
       const int r = r0 + n * g / groups, count = r0 + n * (g + 1) / groups - r;
       const uint8_t* a = act.data + r * act.stride;
-      // Each group of rows fetches its part of the next panels. Up to three rows the processor's own prefetcher is as
-      // good, and the instructions would be felt.
+      // Each group of rows fetches its part of the next panels.
       const int depth = m.k_pad / kGroup, all_lines = int(m.panel_bytes / depth + 63) / 64 * width;
-      const int lines = n <= 3 ? 0 : (all_lines + groups - 1) / groups;
+      const int lines = n < kFetchFrom ? 0 : (all_lines + groups - 1) / groups;
       const Ahead ahead{m.data + size_t(p + width) * m.panel_bytes + size_t(g) * lines * 64 * depth, lines};
       if constexpr (kPanelsAtOnce == 4) {
         if (width == 4) dot_rows<4, 3>(count, m, a, act.stride, act.offset + r, p, sums, 64, ahead);
