@@ -20,6 +20,10 @@ ifneq ($(filter true 1 yes,$(CI)),)
 SERVICES += qemu-aarch64:qemu-user aarch64-linux-gnu-g++:g++-aarch64-linux-gnu redis-server:redis-server
 endif
 
+# Images for containers often set it. Every process that is started would then compile the whole package anew: a server
+# takes half as long again to come up, and the tests start hundreds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DELETE_ON_ERROR:
 .PHONY: help install serve test image-test ray-test check format docs site bench bench-cpu demo test-lowest constraints services wheel clean
 
@@ -34,7 +38,7 @@ serve: install ## Serve on http://localhost:5000 (MODEL_CHECKPOINT, HOST, PORT a
 	exec $(BIN)/python -m web.serve
 
 test: $(VENV)/.installed-dev services ## Run every test (PYTEST_ARGS="-k tokenizer" for some)
-	@exec $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	@exec $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 image-test: $(VENV)/.installed-dev ## Build the CPU image and drive it (minutes; docker or podman)
 	$(BIN)/python -m pytest -q -s --timeout 3600 tests/images/build_and_run.py

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    flags_of(args)  # what does not go together is said before anything is imported
+    settings_of(args)  # what is wrong is said before anything is imported
     from nanogpt.web.server import serve
 
     serve(lambda: settings_of(args))

@@ -35,7 +35,7 @@ _Body = TypeVar("_Body", bound=BaseModel)
 class LossGateBody(BaseModel):
     """Serve the new model only if its loss on a text is low enough."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
     text: Annotated[str, Field(min_length=1, max_length=MAX_TEXT_CHARS)] = Field(
         description="A text file on the server; or a text itself, which then has a line break."
@@ -46,7 +46,7 @@ class LossGateBody(BaseModel):
 class ReloadBody(BaseModel):
     """The body of POST /admin/reload."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True)
 
     checkpoint: Annotated[str, Field(min_length=1, max_length=4096)] = Field(
         description="A file or folder on the server."
@@ -58,7 +58,7 @@ class ReloadBody(BaseModel):
 class EmptyBody(BaseModel):
     """The body of POST /admin/rollback, which may also be left away."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
 
 def make_admin_routes(settings: Settings, models: Models) -> Blueprint:

@@ -48,8 +48,8 @@ def test_sigterm_lets_what_runs_finish(start: Start, command: tuple[str, ...], t
 
     systemd signals every process of the service, the engine and its supervisor too.
     """
-    server = start(*command, **{**ENDLESS, "NANOGPT_MAX_NEW_TOKENS": "400"})
-    body = {"prompt": "To be", "max_length": 400, "seed": 3}
+    server = start(*command, **{**ENDLESS, "NANOGPT_MAX_NEW_TOKENS": "300"})
+    body = {"prompt": "To be", "max_length": 300, "seed": 3}
     with stream(server, body) as answer, kept_alive(server) as other:
         events = read_events(answer)
         next(events)
@@ -60,7 +60,7 @@ def test_sigterm_lets_what_runs_finish(start: Start, command: tuple[str, ...], t
         assert health["model_loaded"] is False
         *_, (name, final) = events
     assert name == "message"
-    assert final["tokens_generated"] == 400
+    assert final["tokens_generated"] == 300
     assert server.wait_exit() == 0
     server.wait_gone(5.0)
     assert "Traceback" not in server.log
@@ -99,7 +99,7 @@ def test_sighup_keeps_streams_and_the_engine(start: Start, tmp_path: Path) -> No
     config.write_text("max_prompt_chars = 1000\nmax_new_tokens = 10000000")
     server = start(*TWO_WORKERS, NANOGPT_CONFIG=str(config), NANOGPT_CONTEXT_OVERFLOW="crop")
     engine_pid, workers = server.pid_of("nanogpt.engine.process"), set(server.worker_pids())
-    body = {**ENDLESS_BODY, "max_length": 400}
+    body = {**ENDLESS_BODY, "max_length": 300}
     with stream(server, body) as answer, kept_alive(server) as other:
         events = read_events(answer)
         next(events)
@@ -113,7 +113,7 @@ def test_sighup_keeps_streams_and_the_engine(start: Start, tmp_path: Path) -> No
 
         wait_for(last_answer, START_S, "the old worker takes leave")
         *_, (name, final) = events
-    assert (name, final["tokens_generated"]) == ("message", 400)
+    assert (name, final["tokens_generated"]) == ("message", 300)
     wait_for(lambda: len(set(server.worker_pids()) - workers) == 2, START_S, "new workers")
     wait_for(lambda: not set(server.worker_pids()) & workers, START_S, "the old workers go")
     assert server.generate({"prompt": "To be, or not"}).json()["error"] == "Prompt too long"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # every first optimizer imports it: here once for all four
 
 from nanogpt.train import checkpoints
 from nanogpt.train.config import TrainConfig

@@ -381,7 +381,7 @@ HOSTILE_SPECS: dict[str, Any] = {
     "no file": {"kind": "llm.c"},
     "a file that is no text": {"kind": "llm.c", "file": 5},
     "a file that is not packed": {"kind": "huggingface", "file": "AAAA"},
-    "a bomb": {"kind": "huggingface", "file": base64.b64encode(zlib.compress(bytes(500 << 20), 9)).decode()},
+    "a bomb": {"kind": "huggingface", "file": base64.b64encode(zlib.compress(bytes(129 << 20), 1)).decode()},
     "an end that is a list": {"kind": "huggingface", "eos_token": [], "name": [],
                               "file": base64.b64encode(zlib.compress(b"{}")).decode()},
 }  # fmt: skip

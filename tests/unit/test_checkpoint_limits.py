@@ -10,6 +10,7 @@ import resource
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -121,31 +122,32 @@ def many(values: bytes, each: bytes, size: int = 30 * MIB) -> bytes:
 
 TENSOR = name("torch._utils", "_rebuild_tensor_v2") + b"q\x000"
 ARGS = op((storage("0", 16), 0, (16,), (1,), False, {})) + b"q\x010"
-BOMBS: dict[str, bytes] = {
-    "dictionaries": many(b"(", b"}"),
-    "lists in lists": many(b"", b"]"),
-    "marks": many(b"", b"("),
-    "memo": many(b"N", b"q\x00r\xff\xff\x0f\x00"),
-    "texts": many(b"(", op("x" * 8)),
-    "one long text": b"\x80\x02" + op("\U0001f642" + "x" * (30 * MIB)) + b".",
-    "integers": many(b"(", b"\x8a\x40" + b"\x7f" * 64),
-    "names": many(b"(", name("a", "Config")),
-    "new names": b"\x80\x02(" + b"".join(name(f"a{i}", "Config") for i in range(500_000)) + b".",
-    "objects": many(name("a", "Config") + b"q\x000(", b"h\x00)\x81"),
-    "tensors": many(TENSOR + ARGS + b"(", b"h\x00h\x01R"),
-    "storages": many(op(("storage", name("torch", "FloatStorage"), "0", "cpu", 1)) + b"q\x000(", b"h\x00Q"),
-    "copies": many(
+# Each is made by its test: together they take seconds and hundreds of megabytes, which every collection would pay.
+BOMBS: dict[str, Callable[[], bytes]] = {
+    "dictionaries": lambda: many(b"(", b"}"),
+    "lists in lists": lambda: many(b"", b"]"),
+    "marks": lambda: many(b"", b"("),
+    "memo": lambda: many(b"N", b"q\x00r\xff\xff\x0f\x00"),
+    "texts": lambda: many(b"(", op("x" * 8)),
+    "one long text": lambda: b"\x80\x02" + op("\U0001f642" + "x" * (30 * MIB)) + b".",
+    "integers": lambda: many(b"(", b"\x8a\x40" + b"\x7f" * 64),
+    "names": lambda: many(b"(", name("a", "Config")),
+    "new names": lambda: b"\x80\x02(" + b"".join(name(f"a{i}", "Config") for i in range(500_000)) + b".",
+    "objects": lambda: many(name("a", "Config") + b"q\x000(", b"h\x00)\x81"),
+    "tensors": lambda: many(TENSOR + ARGS + b"(", b"h\x00h\x01R"),
+    "storages": lambda: many(op(("storage", name("torch", "FloatStorage"), "0", "cpu", 1)) + b"q\x000(", b"h\x00Q"),
+    "copies": lambda: many(
         b"]q\x00(" + b"N" * 200_000 + b"e0" + name("builtins", "frozenset") + b"q\x010(", b"h\x01h\x00\x85R"
     ),
-    "colliding keys": b"\x80\x02}(" + b"".join(op(i << 20) + b"N" for i in range(-1, 1)) * 400_000 + b"u.",
+    "colliding keys": lambda: b"\x80\x02}(" + b"".join(op(i << 20) + b"N" for i in range(-1, 1)) * 400_000 + b"u.",
 }
 
 
-@pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS)
-def test_bombs_end_in_bounded_time_and_memory(data: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", BOMBS.values(), ids=BOMBS)
+def test_bombs_end_in_bounded_time_and_memory(make: Callable[[], bytes], tmp_path: Path) -> None:
     """As meta.pkl or as data.pkl: 30 MB of the worst, at most 600 MB of memory, seconds of a processor at the most."""
     path = tmp_path / "ckpt.pt"
-    path.write_bytes(archive(data, {"0": bytes(64)}))
+    path.write_bytes(archive(make(), {"0": bytes(64)}))
     warm = write_huggingface(tmp_path / "hf")
     measured = load_apart(path, warm, str(write_meta(tmp_path)), 600 * MIB)
     assert measured["outcome"] in ("CorruptCheckpoint", "UnsafeCheckpoint", "UnsupportedCheckpoint")
