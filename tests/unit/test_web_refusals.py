@@ -341,5 +341,5 @@ def test_no_address_or_header_gets_anything_but_an_answer_or_a_refusal(
     body, status, headers = run_wsgi_app(http.application, environ, buffered=True)
     answer = Response(body, status, headers)
     assert answer.status_code < 500
-    if answer.status_code >= 400:
+    if answer.status_code >= 400 and path != "/v1":  # that one is OpenAI's: tests/unit/test_openai*
         check_shape(answer)
