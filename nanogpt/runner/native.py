@@ -65,7 +65,6 @@ class NativeRunner:
         self.num_threads = threads or usable_cpus()
         config = _native_config(self.config)
         isa = chosen_isa()
-        kinds = [_KINDS[precision]] * _kernels.num_matrices(config)
         self.arithmetic = precision
         self.int8_matrices: list[str] | None = None
         if precision == "int4":
@@ -73,6 +72,8 @@ class NativeRunner:
             self.int8_matrices = [name for name in matrix_names(self.config) if name in int8_matrices]
             if self.int8_matrices:
                 self.arithmetic += f" with {len(self.int8_matrices)} of {len(kinds)} matrices in int8"
+        else:
+            kinds = [_KINDS[precision]] * _kernels.num_matrices(config)
         self.packed_bytes = _kernels.packed_bytes(config, kinds)
 
         def pack(memory: Bytes) -> None:

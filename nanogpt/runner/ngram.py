@@ -16,6 +16,7 @@ from collections.abc import Iterable
 LENGTHS = (8, 4, 3, 2)
 """Tokens that have to match, the longest first. One token in common is a coincidence; past 8, length says little."""
 _CLASS = {n: next(i for i, length in enumerate(LENGTHS) if length <= n) for n in range(LENGTHS[-1], LENGTHS[0] + 1)}
+"""Which of ``LENGTHS`` a match of n tokens counts for: the longest that it reaches."""
 START = 0.5
 """Share of guesses that come true, before anything was measured."""
 
