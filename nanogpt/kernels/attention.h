@@ -1,0 +1,248 @@
+// Attention of a piece of the batch, and K and V to their leaves (layout.h).
+#pragma once
+
+#include "elementwise.h"
+#include "rows.h"
+#include "step.h"
+
+namespace nanogpt {
+namespace {
+
+NG_INLINE uint8_t* leaf_at(const Step& s, int slot, int block, int layer, int head) {
+  return s.kv_base + slot * s.kv.slot_bytes + block * s.kv.block_bytes +
+         size_t(layer * s.kv.n_head + head) * s.kv.leaf_bytes;
+}
+
+// K and V of one (row, head) to its leaf.
+inline void write_kv(const Step& s, int layer, int row, int head) {
+  const KvGeometry& kv = s.kv;
+  const Span& span = s.spans[s.row_span[row]];
+  const int position = s.positions[row], t = position % kLeafTokens, c = kv.d * kv.n_head;
+  uint8_t* leaf = leaf_at(s, span.slot, position / kLeafTokens, layer, head);
+  const float* k = s.qkv + row * s.ldqkv + c + head * kv.d;
+  const float* v = k + c;
+  if (kv.f32) {
+    float* kt = reinterpret_cast<float*>(leaf);
+    float* vt = reinterpret_cast<float*>(leaf + kv.k_bytes);
+    for (int i = 0; i < kv.d; i++) kt[(t / 16 * kv.dk + i) * 16 + t % 16] = k[i];
+    for (int i = 0; i < kv.d; i++) vt[(i / 16 * kLeafTokens + t) * 16 + i % 16] = v[i];
+    return;
+  }
+  float* k_scale = reinterpret_cast<float*>(leaf + kv.k_bytes + kv.v_bytes);
+  float* v_scale = k_scale + kLeafTokens;
+  // Sixteen values from x + i on; a head that is no multiple of 16 is completed with zeros.
+  auto sixteen = [&](const float* x, int i) {
+    if (i + 16 <= kv.d) return load(x + i);
+    alignas(64) float padded[16] = {};
+    for (int j = 0; j < kv.d - i; j++) padded[j] = x[i + j];
+    return load(padded);
+  };
+  auto largest = [&](const float* x) {
+    F32 m = splat(0.0f);
+    for (int i = 0; i < kv.d; i += 16) m = max(abs(sixteen(x, i)), m);
+    return max_lane(m);
+  };
+  const I32 offset = splat(int32_t(128));
+  uint8_t q[16];
+  uint8_t* kt = leaf + size_t(t / 16) * kv.dk * 16 + t % 16 * 4;
+  float top = largest(k);
+  F32 inverse = splat(top > kTiny ? 127.0f / top : 0.0f);
+  for (int i = 0; i < kv.d; i += 16) {
+    store_bytes(q, round_to_int(sixteen(k, i) * inverse) + offset);
+    for (int j = 0; j < imin(16, kv.dk - i); j += 4) std::memcpy(kt + (i + j) * 16, q + j, 4);
+  }
+  k_scale[t] = top > kTiny ? top / 127.0f : 0.0f;
+  uint8_t* vt = leaf + kv.k_bytes + t / 4 * 64 + t % 4;
+  top = largest(v);
+  inverse = splat(top > kTiny ? 127.0f / top : 0.0f);
+  for (int i = 0; i < kv.d; i += 16) {
+    store_bytes(q, round_to_int(sixteen(v, i) * inverse) + offset);
+    for (int j = 0; j < 16; j++) vt[size_t(i) * kLeafTokens + j * 4] = q[j];
+  }
+  v_scale[t] = top > kTiny ? top / 127.0f : 0.0f;
+}
+
+// One head of a leaf: scores' sums of R queries with its 64 tokens / the tokens' weights with its V.
+template <int R = kMaxRows>
+NG_INLINE void leaf_scores(int rows, const KvGeometry& kv, const uint8_t* q, size_t q_stride, int plane,
+                           const int32_t* offsets, const uint8_t* leaf, int panels, int32_t* out, int ld) {
+  if constexpr (R > 0) {
+    if (rows != R) return leaf_scores<R - 1>(rows, kv, q, q_stride, plane, offsets, leaf, panels, out, ld);
+    int p = 0;
+    constexpr int kWide = kPanelsAtOnce == 4 ? (R <= 3 ? 4 : 2) : 1;
+    for (; p + kWide <= panels; p += kWide) {
+      const uint8_t* w = leaf + p * (kv.k_bytes / 4);
+      if (kv.f32)
+        dot_f32<R, kWide>((const float*)q, q_stride / 4, (const float*)w, kv.k_bytes / 16, kv.d,
+                          (float*)out + 16 * p, ld, false);
+      else
+        dot_15<R, kWide>(q, q_stride, plane, w, kv.k_bytes / 4, kv.dk / 4, offsets, out + 16 * p, ld, false);
+    }
+    for (; p < panels; p++) {
+      const uint8_t* w = leaf + p * (kv.k_bytes / 4);
+      if (kv.f32)
+        dot_f32<R, 1>((const float*)q, q_stride / 4, (const float*)w, 0, kv.d, (float*)out + 16 * p, ld, false);
+      else
+        dot_15<R, 1>(q, q_stride, plane, w, 0, kv.dk / 4, offsets, out + 16 * p, ld, false);
+    }
+  }
+}
+template <int R = kMaxRows>
+NG_INLINE void leaf_values(int rows, const KvGeometry& kv, const uint8_t* p, size_t p_stride, int plane,
+                           const int32_t* offsets, const uint8_t* leaf, int tokens, int32_t* out, int ld, bool add) {
+  if constexpr (R > 0) {
+    if (rows != R) return leaf_values<R - 1>(rows, kv, p, p_stride, plane, offsets, leaf, tokens, out, ld, add);
+    const uint8_t* w = leaf + kv.k_bytes;
+    const int kq = (tokens + 3) / 4;
+    int c = 0;
+    constexpr int kWide = kPanelsAtOnce == 4 ? (R <= 3 ? 4 : 2) : 1;
+    const size_t stride = kv.f32 ? size_t(kLeafTokens) * 64 : size_t(kLeafTokens) * 16;
+    for (; c + 16 * kWide <= kv.dv; c += 16 * kWide) {
+      if (kv.f32)
+        dot_f32<R, kWide>((const float*)p, p_stride / 4, (const float*)(w + c / 16 * stride), stride / 4, tokens,
+                          (float*)out + c, ld, add);
+      else
+        dot_15<R, kWide>(p, p_stride, plane, w + c / 16 * stride, stride, kq, offsets, out + c, ld, add);
+    }
+    for (; c < kv.dv; c += 16) {
+      if (kv.f32)
+        dot_f32<R, 1>((const float*)p, p_stride / 4, (const float*)(w + c / 16 * stride), 0, tokens, (float*)out + c,
+                      ld, add);
+      else
+        dot_15<R, 1>(p, p_stride, plane, w + c / 16 * stride, 0, kq, offsets, out + c, ld, add);
+    }
+  }
+}
+
+// The weights of one row's tokens [0, n): softmax without its division, quantized for the product with V.
+// `scores` holds sums on entry. Returns the factor of the product.
+inline float soft_weights(const Step& s, int slot, int layer, int head, float q_scale, int n, float* scores,
+                          uint8_t* out, int plane, int32_t* offset) {
+  const KvGeometry& kv = s.kv;
+  F32 top = splat(-__builtin_inff());
+  for (int t = 0; t < n; t += 16) {
+    F32 y;
+    if (kv.f32) {
+      y = load(scores + t) * splat(q_scale);
+    } else {
+      const float* k_scale = reinterpret_cast<const float*>(leaf_at(s, slot, t / kLeafTokens, layer, head) +
+                                                            kv.k_bytes + kv.v_bytes);
+      y = to_float(bits(load(scores + t))) * (load(k_scale + t % kLeafTokens) * splat(q_scale));
+    }
+    if (n - t < 16) y = select(less(iota(), splat(int32_t(n - t))), y, splat(-__builtin_inff()));
+    store(scores + t, y);
+    top = max(y, top);
+  }
+  const F32 highest = splat(max_lane(top));
+  F32 total = splat(0.0f), largest = splat(0.0f);
+  for (int t = 0; t < n; t += 16) {
+    F32 e = exp(load(scores + t) - highest);
+    if (n - t < 16) e = select(less(iota(), splat(int32_t(n - t))), e, splat(0.0f));
+    total = total + e;
+    if (!kv.f32) {
+      const float* v_scale = reinterpret_cast<const float*>(leaf_at(s, slot, t / kLeafTokens, layer, head) +
+                                                            kv.k_bytes + kv.v_bytes) + kLeafTokens;
+      // Past n the scale may be anything: the mask comes last.
+      e = e * load(v_scale + t % kLeafTokens);
+      if (n - t < 16) e = select(less(iota(), splat(int32_t(n - t))), e, splat(0.0f));
+      largest = max(e, largest);
+    }
+    store(scores + t, e);
+  }
+  const float denominator = sum(total);
+  if (kv.f32) {
+    std::memcpy(out, scores, sizeof(float) * round_up(n, 16));
+    return 1.0f / denominator;
+  }
+  // n * limit * 127 < 2^31: the product with V is exact however long the context is.
+  const float limit = float(imin(kActMax, 16909320 / n)), highest_weight = max_lane(largest);
+  const bool some = highest_weight > kTiny;
+  const F32 inverse = splat(some ? limit / highest_weight : 0.0f);
+  I32 weights = splat(int32_t(0));
+  for (int t = 0; t < n; t += 16) {
+    const I32 a = round_to_int(load(scores + t) * inverse);
+    weights = weights + a;
+    put(out, plane, t, a);
+  }
+  *offset = int32_t(uint32_t(sum(weights)) * 128u);
+  return some ? highest_weight / limit / denominator : 0.0f;
+}
+
+constexpr int kFewRows = 2;  // up to here attention waits for memory
+
+inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch) {
+  const KvGeometry& kv = s.kv;
+  const Span& span = s.spans[task.span];
+  const int q_plane = round_up(kv.dk, kDepth), p_plane = round_up(s.weights->config.block_size, kDepth);
+  const int element = kv.f32 ? 4 : 2;
+  const size_t q_stride = size_t(q_plane) * element, p_stride = size_t(p_plane) * element;
+  const int ld = p_plane;
+  const float root = 1.0f / __builtin_sqrtf(float(kv.d));
+  for (int head = task.head0; head < task.head1; head++) {
+    if (!span.kv_first)
+      for (int row = span.row0; row < span.row0 + span.n; row++) write_kv(s, layer, row, head);
+    for (int row0 = task.row0; row0 < task.row1; row0 += kMaxRows) {
+      const int rows = imin(kMaxRows, task.row1 - row0);
+      float q_scale[kMaxRows];
+      int32_t offsets[kMaxRows] = {};
+      for (int r = 0; r < rows; r++) {
+        float* padded = scratch.row;
+        std::memcpy(padded, s.qkv + (row0 + r) * s.ldqkv + head * kv.d, sizeof(float) * kv.d);
+        std::memset(padded + kv.d, 0, sizeof(float) * 16);
+        uint8_t* to = scratch.att_act + r * q_stride;
+        const int limit = imin(kActMax, 16909320 / kv.d);
+        if (kv.f32) std::memcpy(to, padded, sizeof(float) * kv.d);
+        q_scale[r] = kv.f32 ? root : quantize_15(padded, kv.d, q_plane, limit, to, offsets + r) * root;
+      }
+      const int longest = s.positions[row0 + rows - 1] + 1;
+      // K and V of one head are pieces of a few KB that no hardware prefetcher follows: V is fetched while K is used, and
+      // the next head's K while V is.
+      for (int t = 0; t < longest; t += kLeafTokens) {
+        const uint8_t* leaf = leaf_at(s, span.slot, t / kLeafTokens, layer, head);
+        if (rows <= kFewRows) {
+          const size_t share = kv.v_bytes * imin(kLeafTokens, longest - t) / kLeafTokens;
+          for (size_t panel = 0; panel < kv.v_bytes; panel += kv.v_bytes * 16 / kv.dv)
+            for (size_t i = 0; i < share * 16 / kv.dv; i += 64) prefetch(leaf + kv.k_bytes + panel + i);
+          for (size_t i = 0; i < 2 * kLeafTokens * sizeof(float); i += 64) prefetch(leaf + kv.k_bytes + kv.v_bytes + i);
+        }
+        leaf_scores(rows, kv, scratch.att_act, q_stride, q_plane, offsets, leaf,
+                    imin(4, (longest - t + 15) / 16), reinterpret_cast<int32_t*>(scratch.scores) + t, ld);
+      }
+      float factor[kMaxRows];
+      for (int r = 0; r < rows; r++) {
+        const int n = s.positions[row0 + r] + 1;
+        uint8_t* to = scratch.att_act + r * p_stride;
+        factor[r] = soft_weights(s, span.slot, layer, head, q_scale[r], n, scratch.scores + size_t(r) * ld, to, p_plane,
+                                 offsets + r);
+        // Later rows of the block see more tokens: for this one they weigh nothing.
+        for (int t = round_up(n, 16); t < round_up(longest, 16); t += 16) {
+          if (kv.f32) store(reinterpret_cast<float*>(to) + t, splat(0.0f));
+          else put(to, p_plane, t, splat(int32_t(0)));
+        }
+      }
+      for (int t = 0; t < longest; t += kLeafTokens) {
+        if (rows <= kFewRows && head + 1 < task.head1) {
+          const uint8_t* next = leaf_at(s, span.slot, t / kLeafTokens, layer, head + 1);
+          for (size_t i = 0; i < kv.k_bytes * imin(kLeafTokens, round_up(longest - t, 16)) / kLeafTokens; i += 64)
+            prefetch(next + i);
+        }
+        leaf_values(rows, kv, scratch.att_act + size_t(t) * (kv.f32 ? 4 : kBytes ? 1 : 2), p_stride, p_plane,
+                    offsets,
+                    leaf_at(s, span.slot, t / kLeafTokens, layer, head), imin(kLeafTokens, longest - t),
+                    reinterpret_cast<int32_t*>(scratch.out), kv.dv, t > 0);
+      }
+      for (int r = 0; r < rows; r++) {
+        alignas(64) float y[16];
+        float* to = s.att + (row0 + r) * s.ldx + head * kv.d;
+        for (int i = 0; i < kv.d; i += 16) {
+          const F32 value = load(scratch.out + r * kv.dv + i);
+          store(y, (kv.f32 ? value : to_float(bits(value))) * splat(factor[r]));
+          std::memcpy(to + i, y, sizeof(float) * imin(16, kv.d - i));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace nanogpt

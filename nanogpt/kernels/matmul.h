@@ -1,0 +1,184 @@
+// Products of a batch with a matrix: rows are prepared, columns are divided among the threads.
+#pragma once
+
+#include "elementwise.h"
+#include "rows.h"
+#include "step.h"
+#if defined(NANOGPT_AMX)
+#include "amx.h"
+#endif
+
+namespace nanogpt {
+namespace {
+
+constexpr size_t kBlockBytes = 393216;
+
+// What a matrix product takes: rows of quantized (or float) activations with one scale a row.
+struct Act {
+  const uint8_t* data;
+  size_t stride;
+  const float* scale;
+  const int32_t* offset;  // 128 times the row's sum of quantized activations (dot.h)
+  ActFormat format;
+};
+
+// Chunks of the phase until none is left, then the next phase.
+template <class Body>
+NG_INLINE void phase(const Step& s, Cursor& cursor, int num_chunks, const Body& body) {
+  for (int chunk; (chunk = s.team->take(cursor, num_chunks)) >= 0;) body(chunk);
+  s.team->finish(cursor, num_chunks);
+}
+
+// A matrix's input, rows [first, last): `make(row, floats)` gives one row as floats (written to `floats`, or its own).
+template <class Make>
+NG_INLINE void prepare(const Matrix& m, int first, int last, ActFormat format, uint8_t* act, size_t stride, float* scale,
+                       int32_t* offset, float* floats, const Make& make) {
+  for (int r = first; r < last; r++) {
+    uint8_t* to = act + r * stride;
+    if (m.kind == Kind::kF32) {
+      const float* x = make(r, reinterpret_cast<float*>(to));
+      if (x != reinterpret_cast<float*>(to)) std::memcpy(to, x, sizeof(float) * round_up(m.k, 16));
+      scale[r] = 1.0f;
+    } else {
+      scale[r] = quantize_shared(make(r, floats), m.k, m.k_pad, m.act_max, format, to, offset + r);
+    }
+  }
+}
+
+enum class Then { kStore, kAdd, kGeluTanh, kGeluErf };
+
+// What follows a product, for R rows and `width` columns of int32 (or float) sums.
+NG_INLINE void finish(const Matrix& m, const int32_t* sums, int ld, int rows, int col, int width, const float* scale,
+                      float* out, size_t ldo, Then then) {
+  for (int c = 0; c < width; c += 16) {
+    const F32 bias = load(m.bias + col + c);
+    const F32 w_scale = m.kind == Kind::kI8 ? load(m.scale + col + c) : splat(1.0f);
+    for (int r = 0; r < rows; r++) {
+      const int32_t* from = sums + r * ld + c;
+      const F32 s = m.kind == Kind::kI8 ? to_float(load(from)) : from_bits(load(from));
+      F32 y = fma(s, m.kind == Kind::kF32 ? splat(1.0f) : w_scale * splat(scale[r]), bias);
+      float* o = out + r * ldo + col + c;
+      if (then == Then::kAdd) y = load(o) + y;
+      if (then == Then::kGeluTanh) y = gelu_tanh(y);
+      if (then == Then::kGeluErf) y = gelu_erf(y);
+      store(o, y);
+    }
+  }
+}
+
+// `rows` (1 .. kMaxRows) x `panels` (1, or kPanelsAtOnce and its half) to sums, with the count of rows made a constant.
+template <int P, int R = kMaxRows>
+NG_INLINE void dot_rows(int rows, const Matrix& m, const uint8_t* a, size_t a_stride, const int32_t* offsets,
+                        int panel, int32_t* out, int ld, Ahead ahead) {
+  if constexpr (R > 0) {
+    if (rows != R) return dot_rows<P, R - 1>(rows, m, a, a_stride, offsets, panel, out, ld, ahead);
+    const uint8_t* w = m.data + size_t(panel) * m.panel_bytes;
+    const GroupInfo* info = reinterpret_cast<const GroupInfo*>(a + 2 * size_t(m.k_pad));
+    if (m.kind == Kind::kI8) {
+      dot_shared<R, P>(a, a_stride, info, w, m.panel_bytes, m.k_pad / kGroup, offsets, out, ld, ahead);
+    } else if (m.kind == Kind::kF32) {
+      dot_f32<R, P>((const float*)a, a_stride / 4, (const float*)w, m.panel_bytes / 4, m.k, (float*)out, ld, false);
+    } else if constexpr (P == 1) {
+      dot_i4<R>(a, a_stride, info, w, m.k_pad / kGroup, (float*)out, ld, ahead);
+    }
+  }
+}
+
+// out = act x m for rows [r0, r0 + n) and panels [first, last).
+inline void matmul_part(const Matrix& m, const Act& act, int r0, int n, int first, int last, float* out, size_t ldo,
+                        Then then) {
+#if defined(NANOGPT_AMX)
+  if (act.format == ActFormat::kPlanes) {
+    amx_matmul(m, act.data + r0 * act.stride, act.stride, act.offset + r0, n, first, last,
+               [&](const int32_t* sums, int r, int count, int panel, int panels) {
+                 finish(m, sums, 2 * kLanes, count, panel * kLanes, panels * kLanes, act.scale + r0 + r,
+                        out + (r0 + r) * ldo, ldo, then);
+               });
+    return;
+  }
+#endif
+  alignas(64) int32_t sums[kMaxRows * 16 * 4];
+  const int groups = (n + kMaxRows - 1) / kMaxRows;
+  for (int p = first; p < last;) {
+    int width = 1;
+    if (kPanelsAtOnce == 4 && m.kind != Kind::kI4) width = n <= 3 && last - p >= 4 ? 4 : last - p >= 2 ? 2 : 1;
+    for (int g = 0; g < groups; g++) {
+      const int r = r0 + n * g / groups, count = r0 + n * (g + 1) / groups - r;
+      const uint8_t* a = act.data + r * act.stride;
+      // Each group of rows fetches its part of the next panels.
+      const int depth = m.k_pad / kGroup, all_lines = int(m.panel_bytes / depth + 63) / 64 * width;
+      const int lines = n < kFetchFrom ? 0 : (all_lines + groups - 1) / groups;
+      const Ahead ahead{m.data + size_t(p + width) * m.panel_bytes + size_t(g) * lines * 64 * depth, lines};
+      if constexpr (kPanelsAtOnce == 4) {
+        if (width == 4) dot_rows<4, 3>(count, m, a, act.stride, act.offset + r, p, sums, 64, ahead);
+        if (width == 2) dot_rows<2>(count, m, a, act.stride, act.offset + r, p, sums, 64, ahead);
+      }
+      if (width == 1) dot_rows<1>(count, m, a, act.stride, act.offset + r, p, sums, 64, ahead);
+      finish(m, sums, 64, count, p * kLanes, width * kLanes, act.scale + r, out + r * ldo, ldo, then);
+    }
+    p += width;
+  }
+}
+
+// out[rows, n] = (the rows that `make` gives) x m. Small batches are prepared by every thread for itself, which is
+// cheaper than a phase; larger ones together.
+template <class Make>
+NG_INLINE void matmul(const Step& s, Cursor& cursor, const Matrix& m, int rows, float* out, size_t ldo, Then then,
+                      const Make& make) {
+  Scratch& scratch = s.scratch[cursor.thread];
+  const bool own = rows <= kOwnRows;
+  float* scale = own ? scratch.act_scale : s.act_scale;
+  int32_t* offset = own ? scratch.act_offset : s.act_offset;
+  ActFormat format = kBytes || m.kind == Kind::kI4 ? ActFormat::kBytes : ActFormat::kShorts;
+#if defined(NANOGPT_AMX)
+  if (rows >= kAmxRows && m.kind == Kind::kI8) format = ActFormat::kPlanes;
+#endif
+  const Act act{own ? scratch.act : s.act, s.act_stride, scale, offset, format};
+  if (!own) {
+    const int per_chunk = imax(1, rows / (4 * s.team->size()));
+    phase(s, cursor, (rows + per_chunk - 1) / per_chunk, [&](int chunk) {
+      prepare(m, chunk * per_chunk, imin(rows, (chunk + 1) * per_chunk), format, s.act, s.act_stride, scale, offset,
+              scratch.row, make);
+    });
+  }
+  // Rows go in blocks whose activations stay in the L2 cache while the weights pass by.
+  const int block = imin(rows, int(round_up<size_t>(1 + kBlockBytes / (2 * size_t(m.k_pad)), kMaxRows)));
+  const int blocks = (rows + block - 1) / block, panels = m.num_panels();
+  // About four chunks a thread, of whole groups of panels: fine enough for a thread that falls behind to be helped.
+  const int width = imax(4, round_up(panels * blocks / (4 * s.team->size()) + 1, 4)), strips = (panels + width - 1) / width;
+  bool prepared = !own;
+  phase(s, cursor, blocks * strips, [&](int chunk) {
+    if (!prepared) prepare(m, 0, rows, format, scratch.act, s.act_stride, scale, offset, scratch.row, make);
+    prepared = true;
+    const int r0 = rows * (chunk / strips) / blocks, r1 = rows * (chunk / strips + 1) / blocks;
+    const int first = chunk % strips * width;
+    matmul_part(m, act, r0, r1 - r0, first, imin(panels, first + width), out, ldo, then);
+  });
+}
+
+// The embedding of one token: row `token` of a packed matrix, as floats.
+inline void embedding_row(const Matrix& m, int token, float* out) {
+  const int c = token % kLanes;
+  const uint8_t* panel = m.data + size_t(token / kLanes) * m.panel_bytes;
+  if (m.kind == Kind::kF32) {
+    for (int k = 0; k < m.k; k++) std::memcpy(out + k, panel + (size_t(k) * kLanes + c) * 4, 4);
+  } else if (m.kind == Kind::kI8) {
+    const float scale = m.scale[token];
+    for (int k = 0; k < m.k; k++) out[k] = float(int(panel[size_t(k / 4) * 64 + c * 4 + k % 4]) - 128) * scale;
+  } else {
+    for (int k = 0; k < m.k; k++) {
+      const uint8_t* group = panel + size_t(k / kGroup) * kGroupBytes;
+      const int i = k % kGroup;
+      const uint8_t byte = group[(i % 32) / 4 * 64 + c * 4 + i % 4];
+      uint16_t half;
+      std::memcpy(&half, group + 512 + 2 * c, 2);
+      const uint32_t wide = uint32_t(half) << 16;
+      float scale;
+      std::memcpy(&scale, &wide, 4);
+      out[k] = float(int(i < 32 ? byte & 15 : byte >> 4) - 8) * scale;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace nanogpt

@@ -1,0 +1,94 @@
+// What is done to one row: quantizing it, and layer normalization.
+#pragma once
+
+#include "dot.h"
+
+namespace nanogpt {
+namespace {
+
+NG_INLINE int imin(int a, int b) { return a < b ? a : b; }
+NG_INLINE int imax(int a, int b) { return a > b ? a : b; }
+
+enum class ActFormat { kBytes, kShorts, kPlanes };  // what a matrix product takes: dot.h; planes are AMX's
+
+NG_INLINE float largest_size(const float* x, int n) {
+  F32 largest = splat(0.0f);
+  for (int i = 0; i < n; i += 16) largest = max(abs(load(x + i)), largest);
+  return max_lane(largest);
+}
+constexpr float kTiny = 1e-30f;  // below, 1 / x would overflow: such a row is taken for zero
+
+// The floats x[0, n) as 15-bit integers, zeros up to n_pad. Returns their unit; `offset` see dot.h.
+inline float quantize_15(const float* x, int n, int n_pad, int limit, uint8_t* out, int32_t* offset) {
+  const float top = largest_size(x, n);
+  const F32 inverse = splat(top > kTiny ? float(limit) / top : 0.0f);
+  I32 total = splat(int32_t(0));
+  int i = 0;
+  for (; i < n; i += 16) {
+    const I32 a = round_to_int(load(x + i) * inverse);
+    total = total + a;
+    put(out, n_pad, i, a);
+  }
+  for (; i < n_pad; i += 16) put(out, n_pad, i, splat(int32_t(0)));
+  *offset = int32_t(uint32_t(sum(total)) * 128u);
+  return top > kTiny ? top / float(limit) : 0.0f;
+}
+
+// The same for a matrix's input: in every group of 64 the integers are rounded to eight bits and a common exponent.
+inline float quantize_shared(const float* x, int n, int n_pad, int limit, ActFormat format, uint8_t* out,
+                             int32_t* offset) {
+  const float top = largest_size(x, n);
+  const F32 inverse = splat(top > kTiny ? float(limit) / top : 0.0f);
+  uint32_t row_sum = 0;
+  for (int g = 0; g < n_pad / kGroup; g++) {
+    I32 a[4], size = splat(int32_t(0));
+    each<4>(NG_BODY(j) {
+      const int i = g * kGroup + j * 16;
+      a[j] = i < n ? round_to_int(load(x + i) * inverse) : splat(int32_t(0));
+      size = size | abs(a[j]);
+    });
+    const uint32_t bits_used = 32 - uint32_t(__builtin_clz(any_bit(size) | 1));
+    const int e = bits_used > 7 ? int(bits_used) - 7 : 0;
+    const I32 half = splat(int32_t(1 << e >> 1)), most = splat(int32_t(127));
+    I32 total = splat(int32_t(0));
+    each<4>(NG_BODY(j) {
+      const int i = g * kGroup + j * 16;
+      I32 q = shift_right_signed(a[j] + half, e);
+      q = select(less(most, q), most, q);
+      total = total + q;
+      if (format == ActFormat::kPlanes)
+        put_planes(out, n_pad, i, shift_left(q, e));
+      else if (format == ActFormat::kBytes)
+        store_bytes(out + i, q);
+      else
+        store_shorts(out + 2 * i, shift_left(q, e));
+    });
+    const GroupInfo info{e, sum(total)};
+    row_sum += uint32_t(info.sum) << e;
+    std::memcpy(out + 2 * size_t(n_pad) + g * sizeof info, &info, sizeof info);
+  }
+  *offset = int32_t(row_sum * 128u);
+  return top > kTiny ? top / float(limit) : 0.0f;
+}
+
+// x must be zero past n, up to a multiple of 16.
+inline void layer_norm(const float* x, int n, const float* w, const float* b, float eps, float* out) {
+  F32 total = splat(0.0f);
+  for (int i = 0; i < n; i += 16) total = total + load(x + i);
+  const F32 mean = splat(sum(total) / float(n));
+  F32 squares = splat(0.0f);
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const F32 d = load(x + i) - mean;
+    squares = fma(d, d, squares);
+  }
+  if (i < n) {
+    const F32 d = select(less(iota(), splat(int32_t(n - i))), load(x + i) - mean, splat(0.0f));
+    squares = fma(d, d, squares);
+  }
+  const F32 inverse = splat(1.0f / __builtin_sqrtf(sum(squares) / float(n) + eps));
+  for (i = 0; i < n; i += 16) store(out + i, fma((load(x + i) - mean) * inverse, load(w + i), load(b + i)));
+}
+
+}  // namespace
+}  // namespace nanogpt
