@@ -33,6 +33,9 @@ constexpr int kParts = 16 / kNative;
 typedef float NativeF __attribute__((vector_size(kNative * 4)));
 typedef int32_t NativeI __attribute__((vector_size(kNative * 4)));
 typedef uint32_t NativeU __attribute__((vector_size(kNative * 4)));
+// The same in memory: anywhere, whatever it is declared as.
+typedef float LooseF __attribute__((vector_size(kNative * 4), aligned(4), may_alias));
+typedef uint32_t LooseU __attribute__((vector_size(kNative * 4), aligned(4), may_alias));
 
 struct F32 {
   NativeF v[kParts];
@@ -55,14 +58,15 @@ NG_INLINE void each(const Body& body) {
 
 #define NG_LANES for (int i = 0; i < kParts; i++)
 
+// A register at a time: GCC copies all 64 bytes at once through the stack, in pieces that a register's load then waits for.
 NG_INLINE F32 load(const float* p) {
   F32 r;
-  std::memcpy(&r, p, 64);
+  NG_LANES r.v[i] = *(const LooseF*)(p + i * kNative);
   return r;
 }
 NG_INLINE I32 load(const int32_t* p) {
   I32 r;
-  std::memcpy(&r, p, 64);
+  NG_LANES r.v[i] = *(const LooseU*)(p + i * kNative);
   return r;
 }
 // Sixteen bf16.
@@ -82,8 +86,8 @@ NG_INLINE F32 load_bf16(const uint8_t* p) {
 #endif
   return r;
 }
-NG_INLINE void store(float* p, const F32& a) { std::memcpy(p, &a, 64); }
-NG_INLINE void store(int32_t* p, const I32& a) { std::memcpy(p, &a, 64); }
+NG_INLINE void store(float* p, const F32& a) { NG_LANES *(LooseF*)(p + i * kNative) = a.v[i]; }
+NG_INLINE void store(int32_t* p, const I32& a) { NG_LANES *(LooseU*)(p + i * kNative) = a.v[i]; }
 
 NG_INLINE F32 splat(float x) {
   F32 r;
@@ -134,12 +138,12 @@ NG_INLINE I32 shift_right_signed(const I32& a, int n) {
 }
 NG_INLINE I32 bits(const F32& a) {
   I32 r;
-  std::memcpy(&r, &a, 64);
+  NG_LANES r.v[i] = (NativeU)a.v[i];
   return r;
 }
 NG_INLINE F32 from_bits(const I32& a) {
   F32 r;
-  std::memcpy(&r, &a, 64);
+  NG_LANES r.v[i] = (NativeF)a.v[i];
   return r;
 }
 NG_INLINE F32 to_float(const I32& a) {
