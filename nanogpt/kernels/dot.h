@@ -242,8 +242,9 @@ NG_INLINE __m256i broadcast4(const uint8_t* p) {
 }
 
 // For one or two rows a panel's 16 columns at once, for more 8 and then 8: so all sums stay in registers. A column has two
-// in an accumulator, of inputs 0 + 1 and 2 + 3 of four. On the way `next` is fetched, `stride` bytes further for each four.
-template <int R, bool kFetch>
+// in an accumulator, of inputs 0 + 1 and 2 + 3 of four. U such steps are written out, for what a turn itself costs is
+// felt; on the way F lines at `next` are fetched a turn, `stride` bytes from one to the next.
+template <int R, int U, int F>
 NG_INLINE void dot_16(const uint8_t* a, size_t a_stride, const uint8_t* w, int kq, const int32_t* offsets, int32_t* out,
                       int ldo, bool add, const uint8_t* next, size_t stride) {
   constexpr int C = R <= 2 ? 4 : 2;
@@ -251,17 +252,19 @@ NG_INLINE void dot_16(const uint8_t* a, size_t a_stride, const uint8_t* w, int k
     __m256i acc[R][C];
     each<R>(NG_BODY(r) { each<C>(NG_BODY(c) { acc[r][c] = _mm256_setzero_si256(); }); });
     const uint8_t *x = a, *b = w + 4 * first;
-    for (int k = 0; k < kq; k++, x += 8, b += 64) {
-      if (kFetch) prefetch(next);
-      if (kFetch) next += stride;
+    const auto step = NG_BODY(i) {
       __m256i weights[C];
-      each<C>(NG_BODY(c) { weights[c] = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(b + 16 * c))); });
+      each<C>(NG_BODY(c) { weights[c] = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(b + 64 * i + 16 * c))); });
       each<R>(NG_BODY(r) {
         int64_t four;
-        std::memcpy(&four, x + r * a_stride, 8);
+        std::memcpy(&four, x + r * a_stride + 8 * i, 8);
         const __m256i activations = _mm256_set1_epi64x(four);
         each<C>(NG_BODY(c) { multiply_add(acc[r][c], weights[c], activations); });
       });
+    };
+    for (int k = 0; k < kq; k += U, x += 8 * U, b += 64 * U) {
+      for (int i = 0; i < F; i++, next += stride) prefetch(next);
+      each<U>(step);
     }
     each<R>(NG_BODY(r) {
       each<C / 2>(NG_BODY(half) {
@@ -279,17 +282,20 @@ template <int R, int P>
 inline void dot_15(const uint8_t* a, size_t a_stride, int, const uint8_t* w, size_t, int kq, const int32_t* offsets,
                    int32_t* out, int ldo, bool add) {
   static_assert(P == 1, "one panel fills the registers");
-  dot_16<R, false>(a, a_stride, w, kq, offsets, out, ldo, add, nullptr, 0);
+  dot_16<R, 1, 0>(a, a_stride, w, kq, offsets, out, ldo, add, nullptr, 0);
 }
 template <int R, int P>
 inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo*, const uint8_t* w, size_t, int groups,
                        const int32_t* offsets, int32_t* out, int ldo, Ahead ahead) {
   static_assert(P == 1, "one panel fills the registers");
+  constexpr int kFew = R <= 2 ? 4 : 1, kMany = R <= 2 ? 4 : 2;  // lines fetched by a turn, of which a group has four or eight
   const int kq = groups * kGroup / 4;
-  if (ahead.lines)  // in one turn or two
-    dot_16<R, true>(a, a_stride, w, kq, offsets, out, ldo, false, ahead.next, (R <= 2 ? 4 : 2) * ahead.lines);
+  if (ahead.lines > 8)
+    dot_16<R, 4, kMany>(a, a_stride, w, kq, offsets, out, ldo, false, ahead.next, 4 * ahead.lines);
+  else if (ahead.lines)
+    dot_16<R, 4, kFew>(a, a_stride, w, kq, offsets, out, ldo, false, ahead.next, (R <= 2 ? 4 : 8) * ahead.lines);
   else
-    dot_16<R, false>(a, a_stride, w, kq, offsets, out, ldo, false, nullptr, 0);
+    dot_16<R, 4, 0>(a, a_stride, w, kq, offsets, out, ldo, false, nullptr, 0);
 }
 
 // ---- plain C++ ----------------------------------------------------------------------------------------------------------

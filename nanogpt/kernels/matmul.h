@@ -107,7 +107,7 @@ inline void matmul_part(const Matrix& m, const Act& act, int r0, int n, int firs
       const uint8_t* a = act.data + r * act.stride;
       // Each group of rows fetches its part of the next panels.
       const int depth = m.k_pad / kGroup, all_lines = int(m.panel_bytes / depth + 63) / 64 * width;
-      const int lines = n < kFetchFrom ? 0 : (all_lines + groups - 1) / groups;
+      const int share = (all_lines + groups - 1) / groups, lines = n < kFetchFrom || g * share >= all_lines ? 0 : share;
       const Ahead ahead{m.data + size_t(p + width) * m.panel_bytes + size_t(g) * lines * 64 * depth, lines};
       if constexpr (kPanelsAtOnce == 4) {
         if (width == 4) dot_rows<4, 3>(count, m, a, act.stride, act.offset + r, p, sums, 64, ahead);
@@ -144,15 +144,15 @@ NG_INLINE void matmul(const Step& s, Cursor& cursor, const Matrix& m, int rows, 
   // Rows go in blocks whose activations stay in the L2 cache while the weights pass by.
   const int block = imin(rows, int(round_up<size_t>(1 + kBlockBytes / (2 * size_t(m.k_pad)), kMaxRows)));
   const int blocks = (rows + block - 1) / block, panels = m.num_panels();
-  // About four chunks a thread, of whole groups of panels: fine enough for a thread that falls behind to be helped.
-  const int width = imax(4, round_up(panels * blocks / (4 * s.team->size()) + 1, 4)), strips = (panels + width - 1) / width;
+  // Chunks of whole groups of panels: fine enough for a thread that falls behind to be helped, and even.
+  const int strips = imin((panels + 3) / 4, imax(1, (rows > 8 ? 8 : 4) * s.team->size() / blocks));
+  const auto strip_begin = [&](int i) { return i == strips ? panels : panels * i / strips / 4 * 4; };
   bool prepared = !own;
   phase(s, cursor, blocks * strips, [&](int chunk) {
     if (!prepared) prepare(m, 0, rows, format, scratch.act, s.act_stride, scale, offset, scratch.row, make);
     prepared = true;
     const int r0 = rows * (chunk / strips) / blocks, r1 = rows * (chunk / strips + 1) / blocks;
-    const int first = chunk % strips * width;
-    matmul_part(m, act, r0, r1 - r0, first, imin(panels, first + width), out, ldo, then);
+    matmul_part(m, act, r0, r1 - r0, strip_begin(chunk % strips), strip_begin(chunk % strips + 1), out, ldo, then);
   });
 }
 
