@@ -36,6 +36,7 @@ class Engine:
 
     ``context_overflow``: ``stop`` ends a text at the model's context (finish_reason ``length``) and refuses a prompt
     that is longer; ``crop`` drops tokens on the left as nanoGPT does. ``eos_token_id`` is the tokenizer's end of text.
+    ``max_batch_tokens``: the budget of a step; ``max_mixed_tokens``: of one in which texts wait for their next token.
     Without ``grammars`` a request that has one is refused. ``speculate``: guess tokens with ``auto`` while that pays,
     ``off`` never, or a number wherever there are guesses.
     """
@@ -46,6 +47,7 @@ class Engine:
         *,
         max_batch_size: int = 32,
         max_batch_tokens: int = 512,
+        max_mixed_tokens: int | None = None,
         max_queue: int = 512,
         prefix_cache: bool = True,
         context_overflow: str = "stop",
@@ -64,6 +66,7 @@ class Engine:
             Slots(runner.num_slots, runner.config.block_size, prefix_cache=prefix_cache),
             max_batch_size=max_batch_size,
             max_batch_tokens=max_batch_tokens,
+            max_mixed_tokens=max_mixed_tokens,
             block_size=runner.config.block_size,
             speculation=make_speculation(speculate, runner, max_batch_size),
         )

@@ -120,6 +120,16 @@ def test(model: Model, gate: dict[str, Any] | None) -> None:
         logger.info("%s: the loss on the gate's text is %.4f.", model.name, loss)
 
 
+def _max_mixed_tokens(settings: Settings, runner: Runner) -> int | None:
+    """The setting; by default what keeps a step with prompts in it at about twice the time of a full one without.
+
+    On a CPU time goes with the rows that are computed. A GPU computes hundreds in the time of one.
+    """
+    if settings.max_mixed_tokens:
+        return settings.max_mixed_tokens
+    return 2 * settings.max_batch_size if runner.device == "cpu" else None
+
+
 def serve(settings: Settings, model: Model, path: str, status: StatusPipe, since: float) -> None:
     """Listen at ``path`` and serve the model until SIGTERM."""
     runner = model.runner
@@ -127,6 +137,7 @@ def serve(settings: Settings, model: Model, path: str, status: StatusPipe, since
         runner,
         max_batch_size=settings.max_batch_size,
         max_batch_tokens=settings.max_batch_tokens,
+        max_mixed_tokens=_max_mixed_tokens(settings, runner),
         max_queue=settings.max_queue,
         prefix_cache=settings.prefix_cache,
         context_overflow=settings.context_overflow,

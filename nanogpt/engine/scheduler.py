@@ -6,7 +6,8 @@ There are no phases. A running sequence has ``num_left`` tokens of its context s
 decodes, more while its prompt (or its moved window) is being computed. A step's budget is ``max_batch_tokens`` tokens:
 
 1. Every sequence with one token left gets it.
-2. What is left of the budget goes to the sequences with more to compute, first come first served, in chunks.
+2. What is left of the budget goes to the sequences with more to compute, first come first served, in chunks. The
+   budget of a step in which somebody decodes may be smaller (``max_mixed_tokens``): they wait for what it computes.
 3. What is still left admits waiting requests, fairly among clients (``FairQueue``), while there is a place among
    ``max_batch_size`` running ones; each starts with the longest prefix that any slot holds.
 
@@ -75,6 +76,7 @@ class Scheduler:
         *,
         max_batch_size: int,
         max_batch_tokens: int,
+        max_mixed_tokens: int | None = None,
         block_size: int,
         speculation: Speculation | None = None,
     ) -> None:
@@ -82,6 +84,7 @@ class Scheduler:
         self.speculation = speculation
         self.max_running = min(max_batch_size, max_batch_tokens, slots.num_slots)
         self._budget = max_batch_tokens
+        self._mixed_budget = max_batch_tokens if max_mixed_tokens is None else min(max_mixed_tokens, max_batch_tokens)
         self._block_size = block_size
         # A pause costs a step: it must save a few tokens.
         self._min_shared_tokens = 16
@@ -123,6 +126,8 @@ class Scheduler:
         sequences = self._decoding.copy()
         num_decoding = len(sequences)
         left = self._budget - num_decoding
+        if num_decoding:
+            left = min(left, max(1, self._mixed_budget - num_decoding))
         chunks: list[int] = []
         copies: list[tuple[int, int, int]] = []
         for sequence in self._filling:
@@ -143,7 +148,9 @@ class Scheduler:
             return None
         guesses = None
         if self.speculation is not None:
-            guesses = self.speculation.guesses(self._decoding, sum(chunks), left)
+            guesses = self.speculation.guesses(
+                self._decoding, sum(chunks), self._budget - num_decoding - sum(chunks)
+            )
         return Plan(self._batch(sequences, num_decoding, chunks, guesses), sequences, num_decoding, copies)
 
     def update(self, plan: Plan, output: StepOutput, now: float) -> None:

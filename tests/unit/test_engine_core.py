@@ -368,6 +368,29 @@ def test_a_long_prompt_does_not_stall_those_who_decode(runner: FakeRunner) -> No
     assert long, "two tokens a step are left for twenty tokens"
 
 
+def test_a_step_in_which_others_decode_takes_fewer_tokens_of_a_prompt(runner: FakeRunner) -> None:
+    """Alone a prompt has the whole budget; beside others it is computed in chunks that do not keep them waiting."""
+    engine = Engine(runner, max_batch_size=3, max_batch_tokens=16, max_mixed_tokens=6, prefix_cache=False)
+    engine.submit(request([1] * 16, max_tokens=10), lambda event: None)
+    engine.step()
+    engine.submit(request([2] * 12, max_tokens=2), lambda event: None)
+    computed = [runner.num_computed_tokens]
+    while engine.has_work():
+        engine.step()
+        computed.append(runner.num_computed_tokens)
+    assert computed[:4] == [16, 22, 28, 31], "five of the prompt beside one of the text, twice, and then the last two"
+
+
+@pytest.mark.parametrize("max_mixed_tokens", [1, 3])
+def test_however_small_that_budget_is_a_prompt_gets_on(runner: FakeRunner, max_mixed_tokens: int) -> None:
+    engine = Engine(runner, max_batch_size=3, max_batch_tokens=16, max_mixed_tokens=max_mixed_tokens)
+    events: list[list[Event]] = [[] for _ in range(3)]
+    for i in range(3):
+        engine.submit(request([i + 1] * 8, max_tokens=16), events[i].append)
+    run(engine)
+    assert [type(of[-1]) for of in events] == [Finished] * 3
+
+
 def test_decoding_sequences_do_not_stall_a_prompt(runner: FakeRunner) -> None:
     """As many sequences as the budget has tokens: none is left out, because no more than that run."""
     engine = Engine(runner, max_batch_size=3, max_batch_tokens=2)
