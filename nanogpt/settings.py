@@ -212,8 +212,8 @@ class Settings:
     )
     max_mixed_tokens: int = _setting(
         0,
-        "Token budget of a step in which texts are being written: the smaller, the more evenly their tokens come, and the "
-        "later the first tokens of others. 0: twice NANOGPT_MAX_BATCH_SIZE on a CPU, the whole budget on a GPU.",
+        "Token budget of a step in which texts are being written: the smaller, the more evenly their tokens come, and "
+        "the later the first tokens of others. 0: twice NANOGPT_MAX_BATCH_SIZE on a CPU, the whole budget on a GPU.",
         env="NANOGPT_MAX_MIXED_TOKENS",
         low=0,
         high=1_048_576,

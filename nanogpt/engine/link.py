@@ -32,6 +32,9 @@ _READ_BYTES = 1 << 18
 Events: TypeAlias = "SimpleQueue[Tokens | Finished | NanoGPTError | None]"
 """What has come for one request and was not taken yet. None: it was accepted."""
 
+Listener: TypeAlias = Callable[[Tokens | Finished | NanoGPTError], bool]
+"""Called by the client's thread. False: it does not take this event, and no further one."""
+
 
 class Generation:
     """One accepted request. Used by one thread; ``abort`` by any. ``digest`` names the weights that answer it."""
@@ -42,6 +45,8 @@ class Generation:
         self._deadline = time.monotonic() + timeout_s + _DEADLINE_GRACE_S
         self._ended = False
         self.events: Events = SimpleQueue() if events is None else events
+        self._listener: Listener | None = None
+        self._lock = threading.Lock()
 
     @property
     def digest(self) -> str:
@@ -70,6 +75,28 @@ class Generation:
         if isinstance(event, Finished):
             self._ended = True
         return event
+
+    def listen(self, listener: Listener | None) -> None:
+        """Have the client's thread give the events to ``listener`` instead of keeping them for ``get``: first those
+        that wait. What it does not take, and all that follows, is for ``get`` again. None: nobody listens any more, and
+        the last call has returned."""
+        with self._lock:
+            waiting = [self.events.get_nowait() for _ in range(self.events.qsize())]
+            self._listener = listener
+            for event in waiting:
+                self._put(event)
+
+    def deliver(self, event: Tokens | Finished | NanoGPTError) -> None:
+        """By the client's thread."""
+        with self._lock:
+            self._put(event)
+
+    def _put(self, event: Tokens | Finished | NanoGPTError | None) -> None:
+        if event is not None and self._listener is not None:
+            if self._listener(event):
+                return
+            self._listener = None
+        self.events.put(event)
 
     def wait_accepted(self) -> None:
         """Needed once after ``send``: the engine's answer comes before its next step; None stands for "accepted".
@@ -182,9 +209,9 @@ class EngineLink:
         for number, error in refused:
             pending.pop(number).events.put(wire.read_error(error))
         for number, token_ids, logprobs in zip(tokens[::3], tokens[1::3], tokens[2::3], strict=True):
-            pending[number].events.put(wire.read_tokens(token_ids, logprobs))
+            pending[number].deliver(wire.read_tokens(token_ids, logprobs))
         for number, fields in finished:
-            pending.pop(number).events.put(wire.read_finished(fields))
+            pending.pop(number).deliver(wire.read_finished(fields))
 
     def end(self) -> None:
         """The connection has ended: so have all requests that were on it."""
@@ -196,6 +223,6 @@ class EngineLink:
         with self._send_lock:
             self.socket.close()
         for generation in lost.values():
-            generation.events.put(
+            generation.deliver(
                 EngineDied("The engine ended while it worked on this request.", remedy="Send the request again.")
             )

@@ -148,9 +148,7 @@ class Scheduler:
             return None
         guesses = None
         if self.speculation is not None:
-            guesses = self.speculation.guesses(
-                self._decoding, sum(chunks), self._budget - num_decoding - sum(chunks)
-            )
+            guesses = self.speculation.guesses(self._decoding, sum(chunks), self._budget - num_decoding - sum(chunks))
         return Plan(self._batch(sequences, num_decoding, chunks, guesses), sequences, num_decoding, copies)
 
     def update(self, plan: Plan, output: StepOutput, now: float) -> None:

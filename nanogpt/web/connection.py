@@ -29,6 +29,15 @@ def make_client_gone(environ: Mapping[str, Any]) -> Callable[[], bool]:
     return lambda: bool(poller.poll(0))
 
 
+def stream_socket(environ: Mapping[str, Any]) -> socket.socket | None:
+    """Where the chunks of an answer may be written to by another thread than the request's, without ever waiting: only
+    under our own worker (which says so), to clients that take chunks."""
+    sock: socket.socket | None = environ.get("nanogpt.stream_socket")
+    if sock is None or environ.get("SERVER_PROTOCOL") != "HTTP/1.1" or not sock.gettimeout():
+        return None
+    return sock
+
+
 def _at_end(sock: socket.socket) -> bool:
     """For systems without POLLRDHUP: misses a client that sent its next request ahead and left."""
     try:

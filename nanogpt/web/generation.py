@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from nanogpt.engine.link import Generation
 from nanogpt.engine.messages import GRAMMAR, TIMEOUT, Finished, Tokens
 from nanogpt.errors import EngineDied, EngineDraining, InvalidRequest, NanoGPTError, RequestTimeout
 from nanogpt.sampling_params import TokenLogprobs
@@ -87,6 +88,7 @@ class TextGeneration:
         self.cache = cache
         self._ended = False
         self._closed = False
+        self._last_piece_at = 0.0
         self._first_token_at = 0.0
         self._on_close = on_close
         self.outcome: Outcome | None = None
@@ -130,16 +132,29 @@ class TextGeneration:
         return self.outcome
 
     def __iter__(self) -> Iterator[str | None]:
-        last_sent = time.monotonic()
+        self._last_piece_at = time.monotonic()
         while self.outcome is None:
-            piece = self.advance(min(LOOK_UP_S, self._silence_s))
-            now = time.monotonic()
+            piece = self.advance(self.look_up_s)
             if piece:
                 yield piece
-                last_sent = now
-            elif now - last_sent >= self._silence_s and self.outcome is None:
+            elif self.is_silent and self.outcome is None:
                 yield None
-                last_sent = now
+                self._last_piece_at = time.monotonic()
+
+    @property
+    def look_up_s(self) -> float:
+        """How long one wait for the engine may be."""
+        return min(LOOK_UP_S, self._silence_s)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether there has been no piece for so long that the client should be told that somebody is here."""
+        return time.monotonic() - self._last_piece_at >= self._silence_s
+
+    @property
+    def live(self) -> Generation | None:
+        """What the engine itself tells this text of: nothing where it comes from the cache, or with others."""
+        return self._generation if isinstance(self._generation, Generation) else None
 
     def wait_accepted(self) -> None:
         """Needed once where the text was only sent. Raises: what the engine refuses it with."""
@@ -158,23 +173,29 @@ class TextGeneration:
             self._finish()
             return ""
         event = self._generation.get(timeout_s)
-        now = time.monotonic()
+        self.look_up(is_end=isinstance(event, Finished))
+        return self.take(event) if event is not None else ""
+
+    def look_up(self, *, is_end: bool = False) -> None:
+        """Raises: ClientGone, and EngineDraining where the server stops before the text's end."""
         if self._client_gone():
             raise ClientGone("The client closed the connection.")
-        if process.stop_at is not None and now >= process.stop_at and not isinstance(event, Finished):
+        if not is_end and process.stop_at is not None and time.monotonic() >= process.stop_at:
             raise EngineDraining("The server is stopping.", remedy="Send the request again.")
-        return self._take(event, now) if event is not None else ""
 
     @property
     def complete(self) -> bool:
         """Whether all of the text is there: the next ``advance`` makes the outcome."""
         return self.finished is not None or self._text.stopped
 
-    def _take(self, event: Tokens | Finished, now: float) -> str:
-        """The text that this event adds."""
+    def take(self, event: Tokens | Finished) -> str:
+        """The text that this event adds. By one thread at a time."""
         if isinstance(event, Tokens):
+            now = time.monotonic()
             self._first_token_at = self._first_token_at or now
             piece = self._text.push(event.token_ids)
+            if piece:
+                self._last_piece_at = now
             num_new = self._text.num_tokens - len(self.token_ids)
             self.token_ids += event.token_ids[:num_new]
             if event.logprobs is not None:

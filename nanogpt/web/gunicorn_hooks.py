@@ -39,6 +39,7 @@ from nanogpt.web import process
 from nanogpt.web.app import check_settings, create_app, open_keys
 from nanogpt.web.exposure import exposure_lines
 from nanogpt.web.greeting import greeting
+from nanogpt.web.gunicorn_worker import SheddingWorker
 from nanogpt.web.metrics import metrics
 
 log = logging.getLogger(__name__)
@@ -260,6 +261,8 @@ def post_worker_init(worker: Worker) -> None:
     parts = getattr(worker.wsgi, "extensions", {})  # none where the app is wrapped in somebody's middleware
     models = parts.get("nanogpt")
     worker.shedder = parts.get("nanogpt.shedder")
+    if worker.shedder is not None and isinstance(worker, SheddingWorker):
+        worker.lend_sockets()
     # A handler that raises while a thread is being started (Ctrl-C) leaves that thread's locks in disorder. The thread
     # inherits the mask, so from then on signals come to the main thread, which is where they are handled.
     held = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)

@@ -1,6 +1,7 @@
-"""gunicorn's threaded worker, which asks the load shedder before a request costs anything.
+"""gunicorn's threaded worker: asks the load shedder before a request costs anything, and lends streams its sockets.
 
-Where it is not used (``-k gthread``), the app itself asks, only later. Runs in the worker's main thread.
+Where it is not used (``-k gthread``), the app itself asks, only later, and each stream's own thread writes all of it.
+What is here runs in the worker's main thread.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import socket
 import time
 from functools import partial
 from selectors import EVENT_READ
+from typing import Any
 
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
@@ -22,6 +24,11 @@ class SheddingWorker(ThreadWorker):  # type: ignore[misc]
     """Set as gunicorn's ``worker_class``."""
 
     shedder: LoadShedder | None = None
+
+    def lend_sockets(self) -> None:
+        """Called where the app is this product's own and nobody's middleware sees what it answers."""
+        if not self.cfg.is_ssl and self.cfg.protocol == "http":
+            self.wsgi: Any = partial(_lend_socket, self.wsgi)
 
     def enqueue_req(self, conn: TConn) -> None:
         """Every connection comes here when it is new, and when it has sent something."""
@@ -64,6 +71,11 @@ class SheddingWorker(ThreadWorker):  # type: ignore[misc]
         conn.set_timeout()
         self.keepalived_conns.append(conn)
         self.poller.register(conn.sock, EVENT_READ, partial(self.on_client_socket_readable, conn))
+
+
+def _lend_socket(app: Any, environ: dict[str, Any], start_response: Any) -> Any:
+    environ["nanogpt.stream_socket"] = environ["gunicorn.socket"]
+    return app(environ, start_response)
 
 
 def _has_read_ahead(conn: TConn) -> bool:

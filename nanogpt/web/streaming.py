@@ -11,10 +11,12 @@ from contextlib import ExitStack
 from itertools import chain
 from typing import Any, Protocol
 
-from flask import Response
+from flask import Response, request
 
 from nanogpt.errors import NanoGPTError
 from nanogpt.web.answers import PING, event
+from nanogpt.web.connection import stream_socket
+from nanogpt.web.direct import DirectWriter
 from nanogpt.web.errors import error_body, unexpected
 from nanogpt.web.generation import ClientGone, Outcome, TextGeneration
 from nanogpt.web.group import TextGroup
@@ -67,6 +69,7 @@ class EventStream:
         self._form = form
         self._held = held
         self._events: Iterator[bytes] = iter(())
+        self._direct = self._make_direct()
 
     def response(self) -> Response:
         """The answer, once its first piece is there: until then a failure is still a plain JSON refusal."""
@@ -96,12 +99,28 @@ class EventStream:
         self._held.close()
         self._record.describe(self._text)
 
+    def _make_direct(self) -> DirectWriter | None:
+        sock = stream_socket(request.environ)
+        if isinstance(self._text, TextGeneration):
+            text, write = self._text, self._form.piece
+        elif len(self._text.texts) == 1:
+            text = self._text.texts[0]
+
+            def write(piece: str) -> bytes:
+                return self._form.piece((0, piece))
+        else:
+            return None
+        generation = text.live
+        return None if sock is None or generation is None else DirectWriter(sock, generation, text, write)
+
     def _make_events(self, pieces: Iterator[Any]) -> Iterator[bytes]:
         try:
             for piece in pieces:
                 data = PING if piece is None else self._form.piece(piece)
                 if data:
-                    yield data
+                    yield data  # written, when this goes on
+                if self._direct is not None:
+                    self._direct.run()
             yield self._form.end()
         except ClientGone as gone:
             self._record.outcome = gone.code

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPResponse
 from typing import Any
 
 import pytest
@@ -57,6 +58,27 @@ def test_a_stream_says_what_the_whole_answer_says(server: Server) -> None:
         del answer_to["timings"]
         del answer_to["usage"]["cached_tokens"]
     assert final == whole
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+def test_a_client_that_reads_late_loses_nothing(server: Server, version: str) -> None:
+    """More than the connection holds, read when all of it has been computed; in chunks, and in HTTP/1.0 without."""
+    body = {"prompt": "ROMEO:", "max_length": 250, "temperature": 0.9, "logprobs": 20, "cache": False}
+    data = json.dumps({**body, "stream": True}).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.socket() as sock, server.engine() as engine:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(30)
+        sock.connect((host, int(port)))
+        head = f"POST /generate HTTP/{version}\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        sock.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        assert sock.recv(1, socket.MSG_PEEK), "it has begun"
+        wait_for(lambda: engine.state().num_running == 0, 30, "all of the text is computed")
+        answer = HTTPResponse(sock)
+        answer.begin()
+        events = [json.loads(line[6:]) for line in answer.read().split(b"\n\n") if line]
+    assert events[-1]["generated_text"] == "ROMEO:" + "".join(event["text"] for event in events[:-1])
+    assert sum(len(event["logprobs"]) for event in events[:-1]) == events[-1]["tokens_generated"] == 250
 
 
 def test_the_same_seed_gives_the_same_text_on_one_worker_and_on_four(start: Start, server: Server) -> None:
