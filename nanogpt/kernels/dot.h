@@ -356,23 +356,48 @@ NG_INLINE void dot_group(const uint8_t* a, size_t a_stride, const uint8_t* w, co
 #elif defined(__AVX2__)
   // Pairs of products of 4 with 8 bits are at most 2 * 15 * 127: eight of them fit an int16.
   const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-  each<2>(NG_BODY(h) {
-    __m256i low[R], high[R];
-    each<R>(NG_BODY(r) { low[r] = high[r] = _mm256_setzero_si256(); });
-    for (int i = 0; i < 8; i++) {
-      const __m256i both = _mm256_loadu_si256((const __m256i*)(w + 64 * i + 32 * h));
-      const __m256i b0 = _mm256_and_si256(both, mask), b1 = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+  const auto unpacked = [&](const uint8_t* at, bool high) __attribute__((always_inline)) {
+    const __m256i both = _mm256_loadu_si256((const __m256i*)at);
+    return _mm256_and_si256(high ? _mm256_srli_epi16(both, 4) : both, mask);
+  };
+  if constexpr (R <= 4) {  // 16 columns at once; both halves of the bytes in one sum, which is full after 32 inputs
+    __m256i wide[R][2];
+    each<R>(NG_BODY(r) { wide[r][0] = wide[r][1] = _mm256_set1_epi32(-offsets[r]); });
+    for (int half = 0; half < 2; half++, a += 16, w += 256) {
+      __m256i acc[R][2];
+      each<R>(NG_BODY(r) { acc[r][0] = acc[r][1] = _mm256_setzero_si256(); });
+      each<8>(NG_BODY(i) {
+        const uint8_t* at = w + i / 2 * 64;
+        const __m256i b[2] = {unpacked(at, i % 2), unpacked(at + 32, i % 2)};
+        each<R>(NG_BODY(r) {
+          const __m256i x = broadcast4(a + r * a_stride + i / 2 * 4 + i % 2 * 32);
+          each<2>(NG_BODY(c) { multiply_add_bytes(acc[r][c], b[c], x); });
+        });
+      });
       each<R>(NG_BODY(r) {
-        const uint8_t* row = a + r * a_stride + 4 * i;
-        multiply_add_bytes(low[r], b0, broadcast4(row));
-        multiply_add_bytes(high[r], b1, broadcast4(row + 32));
+        each<2>(NG_BODY(c) { wide[r][c] = _mm256_add_epi32(wide[r][c], _mm256_madd_epi16(acc[r][c], ones)); });
       });
     }
-    each<R>(NG_BODY(r) {
-      const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(low[r], ones), _mm256_madd_epi16(high[r], ones));
-      sums[r].v[h] = (NativeU)_mm256_sub_epi32(both, _mm256_set1_epi32(offsets[r]));
+    each<R>(NG_BODY(r) { each<2>(NG_BODY(c) { sums[r].v[c] = (NativeU)wide[r][c]; }); });
+  } else {  // 8 columns and then 8, because of the registers
+    each<2>(NG_BODY(c) {
+      __m256i low[R], high[R];
+      each<R>(NG_BODY(r) { low[r] = high[r] = _mm256_setzero_si256(); });
+      for (int i = 0; i < 8; i++) {
+        const uint8_t* at = w + 64 * i + 32 * c;
+        const __m256i b0 = unpacked(at, false), b1 = unpacked(at, true);
+        each<R>(NG_BODY(r) {
+          const uint8_t* row = a + r * a_stride + 4 * i;
+          multiply_add_bytes(low[r], b0, broadcast4(row));
+          multiply_add_bytes(high[r], b1, broadcast4(row + 32));
+        });
+      }
+      each<R>(NG_BODY(r) {
+        const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(low[r], ones), _mm256_madd_epi16(high[r], ones));
+        sums[r].v[c] = (NativeU)_mm256_sub_epi32(both, _mm256_set1_epi32(offsets[r]));
+      });
     });
-  });
+  }
 #elif defined(__ARM_FEATURE_DOTPROD)
   int32x4_t acc[R][4];
   each<R>(NG_BODY(r) { each<4>(NG_BODY(c) { acc[r][c] = vdupq_n_s32(0); }); });
