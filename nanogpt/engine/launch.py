@@ -234,6 +234,8 @@ def _spawn(
     secrets = [field for field in dataclasses.fields(Settings) if field.metadata["secret"]]
     hidden = {field.metadata["env"] for field in secrets}
     environ = {name: value for name, value in os.environ.items() if name not in hidden}
+    # NumPy multiplies no matrices here; its library's threads would each spin for a tenth of a second at every start.
+    environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     home = Path(nanogpt.__file__).resolve().parents[1]
     if home.name not in ("site-packages", "dist-packages"):
         environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(home), environ.get("PYTHONPATH"))))
