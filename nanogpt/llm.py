@@ -90,7 +90,7 @@ class LLM:
         max_batch_tokens: int = 512,
         context_overflow: str = "stop",
         tokenizer: str = "",
-        speculate: str = "off",
+        speculate: str = "auto",
     ) -> None:
         # The server's settings know the limits of these, and say them.
         self._settings = settings = Settings(

@@ -228,7 +228,7 @@ class Settings:
     )
     prefix_cache: bool = _setting(True, "Reuse K and V of a common prefix.", env="NANOGPT_PREFIX_CACHE")
     speculate: str = _setting(
-        "off",
+        "auto",
         "Guess tokens from the text so far, and keep those that the model draws, too: the same text in fewer steps. "
         "auto: while it pays, on the native runner. A number: so many a text and step, wherever there are some.",
         env="NANOGPT_SPECULATE",

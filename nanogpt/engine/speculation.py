@@ -27,6 +27,8 @@ _MOST = 8
 """Guesses a sequence and step, when their number is ours to choose."""
 _MOST_ID = 0x10FFFF
 """Proposers keep a token as a character."""
+_LEAST_STEP_S = 0.0005
+"""A step's time for each of its sequences below which nobody looks for guesses: a look takes up to 7 microseconds."""
 
 
 class Speculation:
@@ -56,6 +58,8 @@ class Speculation:
         most = self._num_guesses or _MOST
         num_tokens = float(len(decoding))
         seconds, row_s = self._cost.of(len(decoding))
+        if adaptive and seconds < _LEAST_STEP_S * num_tokens:
+            return None
         found: list[list[int]] = []
         some = False
         worth = row_s * num_tokens / seconds if adaptive else -1.0
@@ -136,7 +140,7 @@ def make_speculation(setting: str, runner: Runner, max_batch_size: int) -> Specu
     if setting == "off":
         return None
     if setting == "auto" and not runner.same_bits:
-        logger.info("Speculation is off: the %s runner's last bits depend on the rows of a step.", runner.name)
+        logger.debug("Speculation is off: the %s runner's last bits depend on the rows of a step.", runner.name)
         return None
     if runner.config.vocab_size > _MOST_ID:
         logger.info("Speculation is off: it knows token ids up to %d.", _MOST_ID)

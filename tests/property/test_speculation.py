@@ -7,6 +7,7 @@ probabilities and endings, to the last bit, whatever is guessed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,12 +20,22 @@ from native_support import kept_runner
 from tiny_model import NUM_TOKENS
 
 from nanogpt import grammars
+from nanogpt.engine import speculation
 from nanogpt.engine.core import Engine
 from nanogpt.engine.messages import Finished, GenerateRequest
 from nanogpt.engine.sequence import Event
 from nanogpt.engine.stats import EngineStats
 from nanogpt.llm import LLM
 from nanogpt.sampling_params import SamplingParams, TokenLogprobs
+
+
+@pytest.fixture(autouse=True, scope="module")
+def look_however_short_steps_are() -> Iterator[None]:
+    """``auto`` leaves a tiny model's steps alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speculation, "_LEAST_STEP_S", 0.0)
+        yield
+
 
 Told = tuple[list[int], list[TokenLogprobs], str, int]
 
