@@ -114,12 +114,14 @@ class EventStream:
         return None if sock is None or generation is None else DirectWriter(sock, generation, text, write)
 
     def _make_events(self, pieces: Iterator[Any]) -> Iterator[bytes]:
+        begun = False
         try:
             for piece in pieces:
                 data = PING if piece is None else self._form.piece(piece)
                 if data:
-                    yield data  # written, when this goes on
-                if self._direct is not None:
+                    yield data
+                    begun = True  # when this goes on, that is written, and before it the answer's head
+                if begun and self._direct is not None:
                     self._direct.run()
             yield self._form.end()
         except ClientGone as gone:

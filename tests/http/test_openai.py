@@ -268,6 +268,21 @@ def test_a_streamed_chat(client: openai.OpenAI) -> None:
         assert stream.current_completion_snapshot.choices[0].message.content == texts[0]
 
 
+def test_a_streamed_chat_whose_first_tokens_say_nothing(server: Server) -> None:
+    """White space at the beginning is held back: the answer's head still comes before all of it."""
+    body = {
+        "messages": [{"role": "user", "content": "Who are you?"}],
+        "regex": "   [a-z]{40}",
+        "stream": True,
+    }
+    answer = requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 200
+    *events, done = [line[6:] for line in answer.text.split("\n") if line]
+    choices = [json.loads(event)["choices"][0] for event in events]
+    assert len("".join(choice["delta"].get("content") or "" for choice in choices)) == 40
+    assert (choices[-1]["finish_reason"], done) == ("stop", "[DONE]")
+
+
 def test_json_that_follows_a_schema(endless: Server) -> None:
     """From a model that has never seen JSON, at the highest temperature, as the client's own ``parse`` asks for it."""
 
