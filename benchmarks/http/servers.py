@@ -60,6 +60,7 @@ def ours(folder: Path, precision: str, threads: int, workers: int) -> Server:
         "NANOGPT_PRECISION": precision,
         "NANOGPT_THREADS": str(threads),
         "RATE_LIMIT": "off",
+        "NANOGPT_SPECULATE": "off",  # a model with random weights repeats itself
     }
     return Server(f"nano-gpt-api {precision}", f"nano-gpt-api {precision}", "/generate", command, environment, port)
 

@@ -10,7 +10,8 @@ from nanogpt import LLM, SamplingParams, __version__
 
 
 def load(options: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
-    llm = LLM(options["folder"], precision=options["precision"], threads=options["threads"])
+    # A model with random weights repeats itself: guesses would flatter this engine beside others that make none.
+    llm = LLM(options["folder"], precision=options["precision"], threads=options["threads"], speculate="off")
 
     def generate(prompts: list[list[int]], new_tokens: int) -> list[int]:
         params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
