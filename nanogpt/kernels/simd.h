@@ -33,7 +33,7 @@ constexpr int kParts = 16 / kNative;
 typedef float NativeF __attribute__((vector_size(kNative * 4)));
 typedef int32_t NativeI __attribute__((vector_size(kNative * 4)));
 typedef uint32_t NativeU __attribute__((vector_size(kNative * 4)));
-// The same in memory: anywhere, whatever it is declared as.
+// The same in memory: wherever a float may lie, whatever it is declared as.
 typedef float LooseF __attribute__((vector_size(kNative * 4), aligned(4), may_alias));
 typedef uint32_t LooseU __attribute__((vector_size(kNative * 4), aligned(4), may_alias));
 

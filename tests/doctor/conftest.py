@@ -5,14 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from checkpoint_files import write_nanogpt
 
 
 @pytest.fixture(autouse=True)
-def no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANOGPT_CACHE_DIR", "off")
 
 
