@@ -1,8 +1,8 @@
 """Pieces of streams written by the thread that reads the engine's news, while their clients take what comes.
 
 A worker's texts get their tokens at the same moment. Waking a thread for each, which waits for the interpreter's lock
-three times before its piece is out, takes about as much of the processor's time again as the pieces do, and takes it from
-the engine. So a stream's own thread lends its socket, and only looks up four times a second. What the client
+three times before its piece is out, takes about as much of the processor's time as the pieces themselves, and takes it
+from the engine. So a stream's own thread lends its socket, and only looks up four times a second. What the client
 does not take at once it writes itself, waiting, as ever: the reading thread never waits for anybody.
 """
 

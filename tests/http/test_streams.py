@@ -62,7 +62,8 @@ def test_a_stream_says_what_the_whole_answer_says(server: Server) -> None:
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
 def test_a_client_that_reads_late_loses_nothing(server: Server, version: str) -> None:
-    """More than the connection holds, read when all of it has been computed; in chunks, and in HTTP/1.0 without."""
+    """Read when all of it has been computed; in chunks, and in HTTP/1.0 without. (A connection holds megabytes here:
+    what it does not hold is tests/unit/test_web_direct.py's.)"""
     body = {"prompt": "ROMEO:", "max_length": 250, "temperature": 0.9, "logprobs": 20, "cache": False}
     data = json.dumps({**body, "stream": True}).encode()
     host, port = server.url.removeprefix("http://").split(":")
