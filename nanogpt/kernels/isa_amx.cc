@@ -3,5 +3,5 @@
 
 namespace nanogpt {
 extern const Isa kIsa_amx;
-const Isa kIsa_amx = {"amx", forward, head, lane_maxima};
+const Isa kIsa_amx = {"amx", forward, head, lane_maxima, kRowGroupBytes};
 }  // namespace nanogpt

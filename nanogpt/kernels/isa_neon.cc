@@ -2,5 +2,5 @@
 
 namespace nanogpt {
 extern const Isa kIsa_neon;
-const Isa kIsa_neon = {"neon", forward, head, lane_maxima};
+const Isa kIsa_neon = {"neon", forward, head, lane_maxima, kRowGroupBytes};
 }  // namespace nanogpt

@@ -2,5 +2,5 @@
 
 namespace nanogpt {
 extern const Isa kIsa_portable;
-const Isa kIsa_portable = {"portable", forward, head, lane_maxima};
+const Isa kIsa_portable = {"portable", forward, head, lane_maxima, kRowGroupBytes};
 }  // namespace nanogpt

@@ -21,7 +21,6 @@ constexpr int kGroup = 64;           // inputs that share an exponent, or an int
 constexpr int kLeafTokens = 64;      // tokens of one K/V leaf
 constexpr int kActMax = 16383;       // activations are integers of 15 bits with the sign
 constexpr size_t kGroupBytes = 544;  // an int4 group of a panel: 512 of weights, 16 bf16 scales
-constexpr size_t kGroupInfoBytes = 8;  // an activation row's exponent and sum of a group (dot.h)
 
 template <class T>
 constexpr T round_up(T value, T unit) {

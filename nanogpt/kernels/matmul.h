@@ -129,7 +129,7 @@ NG_INLINE void matmul(const Step& s, Cursor& cursor, const Matrix& m, int rows, 
   const bool own = rows <= kOwnRows;
   float* scale = own ? scratch.act_scale : s.act_scale;
   int32_t* offset = own ? scratch.act_offset : s.act_offset;
-  ActFormat format = kBytes || m.kind == Kind::kI4 ? ActFormat::kBytes : ActFormat::kShorts;
+  ActFormat format = m.kind == Kind::kI4 ? ActFormat::kBytes : kInt8Input;
 #if defined(NANOGPT_AMX)
   if (rows >= kAmxRows && m.kind == Kind::kI8) format = ActFormat::kPlanes;
 #endif

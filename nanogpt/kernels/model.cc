@@ -72,7 +72,7 @@ Model::Model(const Config& config, const std::vector<Kind>& kinds, const uint8_t
   kv_base_ = static_cast<uint8_t*>(memory);
   const size_t widest = round_up(std::max({config.n_embd, config.n_inner}), kDepth);
   const size_t context = round_up(config.block_size, kDepth), element = kv_.f32 ? 4 : 2;
-  const size_t act_row = widest * element + widest / kGroup * kGroupInfoBytes;
+  const size_t act_row = kv_.f32 ? widest * element : widest / kGroup * isa_->row_group_bytes + 64;
   auto carve = [&](Carver c) {
     for (Scratch& s : scratch_) {
       s.row = c.take<float>(widest + 64);

@@ -9,8 +9,6 @@ namespace {
 NG_INLINE int imin(int a, int b) { return a < b ? a : b; }
 NG_INLINE int imax(int a, int b) { return a > b ? a : b; }
 
-enum class ActFormat { kBytes, kShorts, kPlanes };  // what a matrix product takes: dot.h; planes are AMX's
-
 NG_INLINE float largest_size(const float* x, int n) {
   F32 largest = splat(0.0f);
   for (int i = 0; i < n; i += 16) largest = max(abs(load(x + i)), largest);
@@ -40,6 +38,7 @@ inline float quantize_shared(const float* x, int n, int n_pad, int limit, ActFor
   const float top = largest_size(x, n);
   const F32 inverse = splat(top > kTiny ? float(limit) / top : 0.0f);
   uint32_t row_sum = 0;
+  int num_crowded = 0;
   for (int g = 0; g < n_pad / kGroup; g++) {
     I32 a[4], size = splat(int32_t(0));
     each<4>(NG_BODY(j) {
@@ -60,11 +59,17 @@ inline float quantize_shared(const float* x, int n, int n_pad, int limit, ActFor
         put_planes(out, n_pad, i, shift_left(q, e));
       else if (format == ActFormat::kBytes)
         store_bytes(out + i, q);
+      else if (format == ActFormat::kPairs)
+        store_bytes(out + g * kPairsGroup + j * 16, q);
       else
         store_shorts(out + 2 * i, shift_left(q, e));
     });
     const GroupInfo info{e, sum(total)};
     row_sum += uint32_t(info.sum) << e;
+    if (format == ActFormat::kPairs) {
+      set_crowded_apart(out, n_pad / kGroup, g, e, &num_crowded);
+      continue;
+    }
     std::memcpy(out + 2 * size_t(n_pad) + g * sizeof info, &info, sizeof info);
   }
   *offset = int32_t(row_sum * 128u);

@@ -81,6 +81,7 @@ struct Isa {
   void (*forward)(const Step& step, Cursor& cursor, int64_t& last);  // all layers; `last`: see lap
   void (*head)(const Step& step, Cursor& cursor);     // logits of out_rows of the last forward
   LaneMaxima lane_maxima;
+  size_t row_group_bytes;  // the most that a group of 64 inputs takes in a quantized row
 };
 
 }  // namespace nanogpt

@@ -1,0 +1,191 @@
+// Products on AVX2 (dot.h), whose only product of bytes can saturate.
+//
+// `vpmaddubsw` multiplies unsigned bytes with signed ones and adds two neighbours in 16 bits. What would not fit there has
+// been set apart when the activations were quantized (kPairs in activations.h), and comes last, as steps of its own.
+#pragma once
+
+#include "activations.h"
+
+namespace nanogpt {
+namespace {
+
+constexpr int kMaxRows = 6;
+constexpr int kPanelsAtOnce = 1;
+constexpr int kFetchFrom = 1;
+constexpr ActFormat kInt8Input = ActFormat::kPairs;
+
+constexpr size_t kRowGroupBytes = kPairsGroup + kGroup / 4 * sizeof(Crowded);
+
+NG_INLINE __m256i broadcast4(const void* p) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  return _mm256_set1_epi32(four);
+}
+NG_INLINE __m256i load32(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+
+// acc += products of int16, two a lane / of u8 x s8 into int16, two a lane / of u8 x s8 times a factor, four a lane. As
+// instructions: from intrinsics GCC 12 makes sums of products first, which takes more registers than there are.
+NG_INLINE void multiply_add(__m256i& acc, const __m256i& w, const __m256i& a) {
+  __m256i product;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(w), "x"(a));
+}
+NG_INLINE void multiply_add_bytes(__m256i& acc, const __m256i& w, const __m256i& a) {
+  __m256i product;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(acc), "=&x"(product) : "x"(w), "x"(a));
+}
+NG_INLINE void multiply_add_pairs(__m256i& acc, const __m256i& w, const __m256i& a, const __m256i& factor) {
+  __m256i product;
+  asm("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
+      : "+x"(acc), "=&x"(product) : "x"(w), "x"(a), "x"(factor));
+}
+// The same with the factor in memory, at row + i. The compiler is told an address and not what lies there: for an operand
+// in memory it would write all sums to memory first, as they might lie there. `settled` keeps it right.
+NG_INLINE void multiply_add_pairs(__m256i& acc, const __m256i& w, const __m256i& a, const uint8_t* row, size_t i) {
+  __m256i product;
+  asm("vpmaddubsw %3, %2, %1\n\tvpmaddwd (%4,%5), %1, %1\n\tvpaddd %1, %0, %0"
+      : "+x"(acc), "=&x"(product) : "x"(w), "x"(a), "r"(row), "r"(i));
+}
+// The pointer, with everything written that it may point to.
+NG_INLINE const uint8_t* settled(const uint8_t* p) {
+  asm volatile("" : "+r"(p) : : "memory");
+  return p;
+}
+
+// Four steps of four inputs are written out, for what a turn itself costs is felt; on the way F lines at `next` are
+// fetched a turn, `stride` bytes from one to the next.
+template <int R, int F>
+NG_INLINE void dot_pairs(const uint8_t* a, size_t a_stride, const uint8_t* w, int groups, const int32_t* offsets,
+                         int32_t* out, int ldo, const uint8_t* next, size_t stride) {
+  __m256i acc[R][2];
+  const uint8_t *row[R], *b = w;
+  each<R>(NG_BODY(r) {
+    row[r] = settled(a + r * a_stride);
+    acc[r][0] = acc[r][1] = _mm256_set1_epi32(-offsets[r]);
+  });
+  size_t at = 0, factor = kGroup;
+  const auto step = NG_BODY(i) {
+    const __m256i weights[2] = {load32(b + 64 * i), load32(b + 64 * i + 32)};
+    each<R>(NG_BODY(r) {
+      const __m256i x = broadcast4(row[r] + at + 4 * i);
+      each<2>(NG_BODY(c) { multiply_add_pairs(acc[r][c], weights[c], x, row[r], factor); });
+    });
+  };
+  for (int g = 0; g < groups; g++, at += kPairsGroup - kGroup, factor += kPairsGroup) {
+    for (int k = 0; k < kGroup; k += 16, at += 16, b += 256) {
+      for (int i = 0; i < F; i++, next += stride) prefetch(next);
+      each<4>(step);
+    }
+  }
+  each<R>(NG_BODY(r) {
+    __m256i s0 = acc[r][0], s1 = acc[r][1];
+    const uint8_t* list = row[r] + groups * kPairsGroup;
+    int32_t count;
+    std::memcpy(&count, list, 4);
+    for (const uint8_t *one = list + 4, *end = one + count * sizeof(Crowded); one != end; one += sizeof(Crowded)) {
+      uint32_t four;
+      std::memcpy(&four, one + offsetof(Crowded, four), 4);
+      const __m256i x = broadcast4(one), e = broadcast4(one + offsetof(Crowded, factor));
+      multiply_add_pairs(s0, load32(w + size_t(four) * 64), x, e);
+      multiply_add_pairs(s1, load32(w + size_t(four) * 64 + 32), x, e);
+    }
+    _mm256_storeu_si256((__m256i*)(out + r * ldo), s0);
+    _mm256_storeu_si256((__m256i*)(out + r * ldo + 8), s1);
+  });
+}
+template <int R, int P>
+inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo*, const uint8_t* w, size_t, int groups,
+                       const int32_t* offsets, int32_t* out, int ldo, Ahead ahead) {
+  static_assert(P == 1, "one panel fills the registers");
+  if (ahead.lines > 8)
+    dot_pairs<R, 4>(a, a_stride, w, groups, offsets, out, ldo, ahead.next, 4 * ahead.lines);
+  else if (ahead.lines > 4)
+    dot_pairs<R, 2>(a, a_stride, w, groups, offsets, out, ldo, ahead.next, 8 * ahead.lines);
+  else if (ahead.lines)
+    dot_pairs<R, 1>(a, a_stride, w, groups, offsets, out, ldo, ahead.next, 16 * ahead.lines);
+  else
+    dot_pairs<R, 0>(a, a_stride, w, groups, offsets, out, ldo, nullptr, 0);
+}
+
+// For one or two rows a panel's 16 columns at once, for more 8 and then 8: so all sums stay in registers. A column has two
+// in an accumulator, of inputs 0 + 1 and 2 + 3 of four.
+template <int R, int P>
+inline void dot_15(const uint8_t* a, size_t a_stride, int, const uint8_t* w, size_t, int kq, const int32_t* offsets,
+                   int32_t* out, int ldo, bool add) {
+  static_assert(P == 1, "one panel fills the registers");
+  constexpr int C = R <= 2 ? 4 : 2;
+  for (int first = 0; first < 16; first += 4 * C) {
+    __m256i acc[R][C];
+    each<R>(NG_BODY(r) { each<C>(NG_BODY(c) { acc[r][c] = _mm256_setzero_si256(); }); });
+    const uint8_t *x = a, *b = w + 4 * first;
+    for (int k = 0; k < kq; k++, x += 8, b += 64) {
+      __m256i weights[C];
+      each<C>(NG_BODY(c) { weights[c] = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(b + 16 * c))); });
+      each<R>(NG_BODY(r) {
+        int64_t four;
+        std::memcpy(&four, x + r * a_stride, 8);
+        const __m256i activations = _mm256_set1_epi64x(four);
+        each<C>(NG_BODY(c) { multiply_add(acc[r][c], weights[c], activations); });
+      });
+    }
+    each<R>(NG_BODY(r) {
+      each<C / 2>(NG_BODY(half) {
+        // hadd works in halves: columns 0 1 4 5 | 2 3 6 7 of the eight; the permutation puts them in order.
+        const __m256i pairs = _mm256_hadd_epi32(acc[r][2 * half], acc[r][2 * half + 1]);
+        const __m256i s = _mm256_permute4x64_epi64(pairs, _MM_SHUFFLE(3, 1, 2, 0));
+        __m256i* o = (__m256i*)(out + r * ldo + first + 8 * half);
+        _mm256_storeu_si256(o, _mm256_add_epi32(s, add ? _mm256_loadu_si256(o) : _mm256_set1_epi32(-offsets[r])));
+      });
+    });
+  }
+}
+
+template <int R>
+NG_INLINE void dot_group(const uint8_t* a, size_t a_stride, const uint8_t* w, const int32_t* offsets, I32 (&sums)[R]) {
+  // Pairs of products of 4 with 8 bits are at most 2 * 15 * 127: eight of them fit an int16.
+  const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  const auto unpacked = [&](const uint8_t* at, bool high) __attribute__((always_inline)) {
+    const __m256i both = _mm256_loadu_si256((const __m256i*)at);
+    return _mm256_and_si256(high ? _mm256_srli_epi16(both, 4) : both, mask);
+  };
+  if constexpr (R <= 4) {  // 16 columns at once; both halves of the bytes in one sum, which is full after 32 inputs
+    __m256i wide[R][2];
+    each<R>(NG_BODY(r) { wide[r][0] = wide[r][1] = _mm256_set1_epi32(-offsets[r]); });
+    for (int half = 0; half < 2; half++, a += 16, w += 256) {
+      __m256i acc[R][2];
+      each<R>(NG_BODY(r) { acc[r][0] = acc[r][1] = _mm256_setzero_si256(); });
+      each<8>(NG_BODY(i) {
+        const uint8_t* at = w + i / 2 * 64;
+        const __m256i b[2] = {unpacked(at, i % 2), unpacked(at + 32, i % 2)};
+        each<R>(NG_BODY(r) {
+          const __m256i x = broadcast4(a + r * a_stride + i / 2 * 4 + i % 2 * 32);
+          each<2>(NG_BODY(c) { multiply_add_bytes(acc[r][c], b[c], x); });
+        });
+      });
+      each<R>(NG_BODY(r) {
+        each<2>(NG_BODY(c) { wide[r][c] = _mm256_add_epi32(wide[r][c], _mm256_madd_epi16(acc[r][c], ones)); });
+      });
+    }
+    each<R>(NG_BODY(r) { each<2>(NG_BODY(c) { sums[r].v[c] = (NativeU)wide[r][c]; }); });
+  } else {  // 8 columns and then 8, because of the registers
+    each<2>(NG_BODY(c) {
+      __m256i low[R], high[R];
+      each<R>(NG_BODY(r) { low[r] = high[r] = _mm256_setzero_si256(); });
+      for (int i = 0; i < 8; i++) {
+        const uint8_t* at = w + 64 * i + 32 * c;
+        const __m256i b0 = unpacked(at, false), b1 = unpacked(at, true);
+        each<R>(NG_BODY(r) {
+          const uint8_t* row = a + r * a_stride + 4 * i;
+          multiply_add_bytes(low[r], b0, broadcast4(row));
+          multiply_add_bytes(high[r], b1, broadcast4(row + 32));
+        });
+      }
+      each<R>(NG_BODY(r) {
+        const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(low[r], ones), _mm256_madd_epi16(high[r], ones));
+        sums[r].v[c] = (NativeU)_mm256_sub_epi32(both, _mm256_set1_epi32(offsets[r]));
+      });
+    });
+  }
+}
+
+}  // namespace
+}  // namespace nanogpt

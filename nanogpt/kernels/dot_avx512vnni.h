@@ -1,0 +1,97 @@
+// Products on AVX-512 VNNI (dot.h): one instruction multiplies 64 unsigned bytes with 64 signed ones and adds four to a lane.
+#pragma once
+
+#include "activations.h"
+
+namespace nanogpt {
+namespace {
+
+constexpr int kMaxRows = 6;
+constexpr ActFormat kInt8Input = ActFormat::kBytes;
+constexpr size_t kRowGroupBytes = 2 * kGroup + sizeof(GroupInfo);  // two planes for AMX
+constexpr int kPanelsAtOnce = 4;  // for up to three rows, and two for more: as many sums as there are registers
+constexpr int kFetchFrom = 4;     // rows: for fewer the processor's own prefetcher is as good, and instructions are felt
+
+// acc += four products u8 x s8 a lane. As an instruction and not as its intrinsic, for which GCC 12 copies every
+// accumulator twice.
+NG_INLINE void multiply_add(__m512i& acc, const __m512i& w, const __m512i& a) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(a));
+}
+NG_INLINE __m512i broadcast4(const uint8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  return _mm512_set1_epi32(four);
+}
+
+template <int R, int P>
+inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo* info, const uint8_t* w, size_t w_stride,
+                       int groups, const int32_t* offsets, int32_t* out, int ldo, Ahead ahead) {
+  __m512i total[R][P];
+  each<R>(NG_BODY(r) {
+    each<P>(NG_BODY(p) { total[r][p] = _mm512_set1_epi32(-offsets[r]); });
+  });
+  for (int g = 0; g < groups; g++, info++) {
+    __m512i s[R][P];
+    each<R>(NG_BODY(r) { each<P>(NG_BODY(p) { s[r][p] = _mm512_setzero_si512(); }); });
+    for (int k = 0; k < 16; k++, a += 4, w += 64) {
+      __m512i b[P];
+      each<P>(NG_BODY(p) { b[p] = _mm512_loadu_si512(w + p * w_stride); });
+      each<R>(NG_BODY(r) {
+        const __m512i x = broadcast4(a + r * a_stride);
+        each<P>(NG_BODY(p) { multiply_add(s[r][p], b[p], x); });
+      });
+    }
+    each<R>(NG_BODY(r) {
+      const __m512i e = broadcast4((const uint8_t*)info + r * a_stride);
+      each<P>(NG_BODY(p) { total[r][p] = _mm512_add_epi32(total[r][p], _mm512_sllv_epi32(s[r][p], e)); });
+    });
+    for (int i = 0; i < ahead.lines; i++, ahead.next += 64) prefetch(ahead.next);
+  }
+  each<R>(NG_BODY(r) { each<P>(NG_BODY(p) { _mm512_storeu_si512(out + r * ldo + kLanes * p, total[r][p]); }); });
+}
+
+template <int R, int P>
+inline void dot_15(const uint8_t* a, size_t a_stride, int plane, const uint8_t* w, size_t w_stride, int kq,
+                   const int32_t* offsets, int32_t* out, int ldo, bool add) {
+  __m512i hi[R][P], lo[R][P];
+  each<R>(NG_BODY(r) { each<P>(NG_BODY(p) { hi[r][p] = lo[r][p] = _mm512_setzero_si512(); }); });
+  for (int k = 0; k < kq; k++, a += 4, w += 64) {
+    __m512i b[P];
+    each<P>(NG_BODY(p) { b[p] = _mm512_loadu_si512(w + p * w_stride); });
+    each<R>(NG_BODY(r) {
+      const __m512i vh = broadcast4(a + r * a_stride), vl = broadcast4(a + r * a_stride + plane);
+      each<P>(NG_BODY(p) {
+        multiply_add(hi[r][p], b[p], vh);
+        multiply_add(lo[r][p], b[p], vl);
+      });
+    });
+  }
+  each<R>(NG_BODY(r) {
+    each<P>(NG_BODY(p) {
+      int32_t* o = out + r * ldo + kLanes * p;
+      const __m512i from = add ? _mm512_loadu_si512(o) : _mm512_set1_epi32(-offsets[r]);
+      _mm512_storeu_si512(o, _mm512_add_epi32(from, _mm512_add_epi32(_mm512_slli_epi32(hi[r][p], 8), lo[r][p])));
+    });
+  });
+}
+
+
+template <int R>
+NG_INLINE void dot_group(const uint8_t* a, size_t a_stride, const uint8_t* w, const int32_t* offsets, I32 (&sums)[R]) {
+  __m512i acc[R];
+  each<R>(NG_BODY(r) { acc[r] = _mm512_set1_epi32(-offsets[r]); });
+  const __m512i mask = _mm512_set1_epi8(15);
+  each<8>(NG_BODY(i) {
+    const __m512i both = _mm512_loadu_si512(w + 64 * i);
+    const __m512i b0 = _mm512_and_si512(both, mask), b1 = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+    each<R>(NG_BODY(r) {
+      const uint8_t* row = a + r * a_stride + 4 * i;
+      multiply_add(acc[r], b0, broadcast4(row));
+      multiply_add(acc[r], b1, broadcast4(row + 32));
+    });
+  });
+  each<R>(NG_BODY(r) { sums[r].v[0] = (NativeU)acc[r]; });
+}
+
+}  // namespace
+}  // namespace nanogpt
