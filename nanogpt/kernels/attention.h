@@ -62,12 +62,12 @@ inline void write_kv(const Step& s, int layer, int row, int head) {
   v_scale[t] = top > kTiny ? top / 127.0f : 0.0f;
 }
 
-// One head of a leaf: scores' sums of R queries with its 64 tokens / the tokens' weights with its V.
+// One head of a leaf: scores' sums of R queries with its 64 tokens / the tokens' weights with its V. `ahead`: see dot_15.
 template <int R = kMaxRows>
 NG_INLINE void leaf_scores(int rows, const KvGeometry& kv, const uint8_t* q, size_t q_stride, int plane,
-                           const int32_t* offsets, const uint8_t* leaf, int panels, int32_t* out, int ld) {
+                           const int32_t* offsets, const uint8_t* leaf, int panels, int32_t* out, int ld, size_t ahead) {
   if constexpr (R > 0) {
-    if (rows != R) return leaf_scores<R - 1>(rows, kv, q, q_stride, plane, offsets, leaf, panels, out, ld);
+    if (rows != R) return leaf_scores<R - 1>(rows, kv, q, q_stride, plane, offsets, leaf, panels, out, ld, ahead);
     int p = 0;
     constexpr int kWide = kPanelsAtOnce == 4 ? (R <= 3 ? 4 : 2) : 1;
     for (; p + kWide <= panels; p += kWide) {
@@ -76,22 +76,23 @@ NG_INLINE void leaf_scores(int rows, const KvGeometry& kv, const uint8_t* q, siz
         dot_f32<R, kWide>((const float*)q, q_stride / 4, (const float*)w, kv.k_bytes / 16, kv.d,
                           (float*)out + 16 * p, ld, false);
       else
-        dot_15<R, kWide>(q, q_stride, plane, w, kv.k_bytes / 4, kv.dk / 4, offsets, out + 16 * p, ld, false);
+        dot_15<R, kWide>(q, q_stride, plane, w, kv.k_bytes / 4, kv.dk / 4, offsets, out + 16 * p, ld, false, ahead);
     }
     for (; p < panels; p++) {
       const uint8_t* w = leaf + p * (kv.k_bytes / 4);
       if (kv.f32)
         dot_f32<R, 1>((const float*)q, q_stride / 4, (const float*)w, 0, kv.d, (float*)out + 16 * p, ld, false);
       else
-        dot_15<R, 1>(q, q_stride, plane, w, 0, kv.dk / 4, offsets, out + 16 * p, ld, false);
+        dot_15<R, 1>(q, q_stride, plane, w, 0, kv.dk / 4, offsets, out + 16 * p, ld, false, ahead);
     }
   }
 }
 template <int R = kMaxRows>
 NG_INLINE void leaf_values(int rows, const KvGeometry& kv, const uint8_t* p, size_t p_stride, int plane,
-                           const int32_t* offsets, const uint8_t* leaf, int tokens, int32_t* out, int ld, bool add) {
+                           const int32_t* offsets, const uint8_t* leaf, int tokens, int32_t* out, int ld, bool add,
+                           size_t ahead) {
   if constexpr (R > 0) {
-    if (rows != R) return leaf_values<R - 1>(rows, kv, p, p_stride, plane, offsets, leaf, tokens, out, ld, add);
+    if (rows != R) return leaf_values<R - 1>(rows, kv, p, p_stride, plane, offsets, leaf, tokens, out, ld, add, ahead);
     const uint8_t* w = leaf + kv.k_bytes;
     const int kq = (tokens + 3) / 4;
     int c = 0;
@@ -102,14 +103,14 @@ NG_INLINE void leaf_values(int rows, const KvGeometry& kv, const uint8_t* p, siz
         dot_f32<R, kWide>((const float*)p, p_stride / 4, (const float*)(w + c / 16 * stride), stride / 4, tokens,
                           (float*)out + c, ld, add);
       else
-        dot_15<R, kWide>(p, p_stride, plane, w + c / 16 * stride, stride, kq, offsets, out + c, ld, add);
+        dot_15<R, kWide>(p, p_stride, plane, w + c / 16 * stride, stride, kq, offsets, out + c, ld, add, ahead);
     }
     for (; c < kv.dv; c += 16) {
       if (kv.f32)
         dot_f32<R, 1>((const float*)p, p_stride / 4, (const float*)(w + c / 16 * stride), 0, tokens, (float*)out + c,
                       ld, add);
       else
-        dot_15<R, 1>(p, p_stride, plane, w + c / 16 * stride, 0, kq, offsets, out + c, ld, add);
+        dot_15<R, 1>(p, p_stride, plane, w + c / 16 * stride, 0, kq, offsets, out + c, ld, add, ahead);
     }
   }
 }
@@ -168,8 +169,6 @@ inline float soft_weights(const Step& s, int slot, int layer, int head, float q_
   return some ? highest_weight / limit / denominator : 0.0f;
 }
 
-constexpr int kFewRows = 2;  // up to here attention waits for memory
-
 inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch) {
   const KvGeometry& kv = s.kv;
   const Span& span = s.spans[task.span];
@@ -195,18 +194,22 @@ inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch)
         q_scale[r] = kv.f32 ? root : quantize_15(padded, kv.d, q_plane, limit, to, offsets + r) * root;
       }
       const int longest = s.positions[row0 + rows - 1] + 1;
-      // K and V of one head are pieces of a few KB that no hardware prefetcher follows: V is fetched while K is used, and
-      // the next head's K while V is.
+      // K and V of one head are pieces of a few KB that no hardware prefetcher follows. Where they are read for a row or two
+      // alone, the next head's are fetched on the way, a line for each that is used: at once they would stall the loads.
+      const bool few = rows <= kFewRows;
+      const size_t ahead = few && head + 1 < task.head1 ? kv.leaf_bytes : 0;
       for (int t = 0; t < longest; t += kLeafTokens) {
         const uint8_t* leaf = leaf_at(s, span.slot, t / kLeafTokens, layer, head);
-        if (rows <= kFewRows) {
+        const size_t scales = kv.k_bytes + kv.v_bytes;
+        if (few && head == task.head0) {
           const size_t share = kv.v_bytes * imin(kLeafTokens, longest - t) / kLeafTokens;
           for (size_t panel = 0; panel < kv.v_bytes; panel += kv.v_bytes * 16 / kv.dv)
             for (size_t i = 0; i < share * 16 / kv.dv; i += 64) prefetch(leaf + kv.k_bytes + panel + i);
-          for (size_t i = 0; i < 2 * kLeafTokens * sizeof(float); i += 64) prefetch(leaf + kv.k_bytes + kv.v_bytes + i);
         }
+        if (few)
+          for (size_t i = 0; i < 2 * kLeafTokens * sizeof(float); i += 64) prefetch(leaf + ahead + scales + i);
         leaf_scores(rows, kv, scratch.att_act, q_stride, q_plane, offsets, leaf,
-                    imin(4, (longest - t + 15) / 16), reinterpret_cast<int32_t*>(scratch.scores) + t, ld);
+                    imin(4, (longest - t + 15) / 16), reinterpret_cast<int32_t*>(scratch.scores) + t, ld, ahead);
       }
       float factor[kMaxRows];
       for (int r = 0; r < rows; r++) {
@@ -221,15 +224,10 @@ inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch)
         }
       }
       for (int t = 0; t < longest; t += kLeafTokens) {
-        if (rows <= kFewRows && head + 1 < task.head1) {
-          const uint8_t* next = leaf_at(s, span.slot, t / kLeafTokens, layer, head + 1);
-          for (size_t i = 0; i < kv.k_bytes * imin(kLeafTokens, round_up(longest - t, 16)) / kLeafTokens; i += 64)
-            prefetch(next + i);
-        }
         leaf_values(rows, kv, scratch.att_act + size_t(t) * (kv.f32 ? 4 : kBytes ? 1 : 2), p_stride, p_plane,
                     offsets,
                     leaf_at(s, span.slot, t / kLeafTokens, layer, head), imin(kLeafTokens, longest - t),
-                    reinterpret_cast<int32_t*>(scratch.out), kv.dv, t > 0);
+                    reinterpret_cast<int32_t*>(scratch.out), kv.dv, t > 0, ahead);
       }
       for (int r = 0; r < rows; r++) {
         alignas(64) float y[16];

@@ -26,6 +26,7 @@ struct Ahead {
   const uint8_t* next = nullptr;
   int lines = 0;
 };
+constexpr int kFewRows = 2;  // up to here attention waits for memory: dot_15 fetches as it reads, `ahead` bytes further on
 
 }  // namespace
 }  // namespace nanogpt

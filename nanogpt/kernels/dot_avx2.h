@@ -110,7 +110,7 @@ inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo*, cons
 // in an accumulator, of inputs 0 + 1 and 2 + 3 of four.
 template <int R, int P>
 inline void dot_15(const uint8_t* a, size_t a_stride, int, const uint8_t* w, size_t, int kq, const int32_t* offsets,
-                   int32_t* out, int ldo, bool add) {
+                   int32_t* out, int ldo, bool add, size_t ahead) {
   static_assert(P == 1, "one panel fills the registers");
   constexpr int C = R <= 2 ? 4 : 2;
   for (int first = 0; first < 16; first += 4 * C) {
@@ -118,6 +118,7 @@ inline void dot_15(const uint8_t* a, size_t a_stride, int, const uint8_t* w, siz
     each<R>(NG_BODY(r) { each<C>(NG_BODY(c) { acc[r][c] = _mm256_setzero_si256(); }); });
     const uint8_t *x = a, *b = w + 4 * first;
     for (int k = 0; k < kq; k++, x += 8, b += 64) {
+      if constexpr (R <= kFewRows) prefetch(b + ahead);
       __m256i weights[C];
       each<C>(NG_BODY(c) { weights[c] = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(b + 16 * c))); });
       each<R>(NG_BODY(r) {

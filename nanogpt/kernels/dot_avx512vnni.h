@@ -52,12 +52,15 @@ inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo* info,
 
 template <int R, int P>
 inline void dot_15(const uint8_t* a, size_t a_stride, int plane, const uint8_t* w, size_t w_stride, int kq,
-                   const int32_t* offsets, int32_t* out, int ldo, bool add) {
+                   const int32_t* offsets, int32_t* out, int ldo, bool add, size_t ahead) {
   __m512i hi[R][P], lo[R][P];
   each<R>(NG_BODY(r) { each<P>(NG_BODY(p) { hi[r][p] = lo[r][p] = _mm512_setzero_si512(); }); });
   for (int k = 0; k < kq; k++, a += 4, w += 64) {
     __m512i b[P];
-    each<P>(NG_BODY(p) { b[p] = _mm512_loadu_si512(w + p * w_stride); });
+    each<P>(NG_BODY(p) {
+      b[p] = _mm512_loadu_si512(w + p * w_stride);
+      if constexpr (R <= kFewRows) prefetch(w + p * w_stride + ahead);
+    });
     each<R>(NG_BODY(r) {
       const __m512i vh = broadcast4(a + r * a_stride), vl = broadcast4(a + r * a_stride + plane);
       each<P>(NG_BODY(p) {

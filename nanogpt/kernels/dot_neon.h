@@ -51,13 +51,14 @@ inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo* info,
 
 template <int R, int P>
 inline void dot_15(const uint8_t* a, size_t a_stride, int plane, const uint8_t* w, size_t, int kq, const int32_t*,
-                   int32_t* out, int ldo, bool add) {
+                   int32_t* out, int ldo, bool add, size_t ahead) {
   static_assert(P == 1, "one panel fills the registers");
   int32x4_t hi[R][4], lo[R][4];
   each<R>(NG_BODY(r) { each<4>(NG_BODY(c) { hi[r][c] = lo[r][c] = vdupq_n_s32(0); }); });
   for (int k = 0; k < kq; k++, a += 4, w += 64) {
     int8x16_t b[4];
     load_weights(w, b);
+    if constexpr (R <= kFewRows) prefetch(w + ahead);
     each<R>(NG_BODY(r) {
       const int8x16_t vh = broadcast4(a + r * a_stride), vl = broadcast4(a + r * a_stride + plane);
       each<4>(NG_BODY(c) {

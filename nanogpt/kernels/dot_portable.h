@@ -14,7 +14,7 @@ constexpr int kFetchFrom = 1;
 
 template <int R, int P>
 inline void dot_15(const uint8_t* a, size_t a_stride, int, const uint8_t* w, size_t, int kq, const int32_t* offsets,
-                   int32_t* out, int ldo, bool add) {
+                   int32_t* out, int ldo, bool add, size_t) {
   static_assert(P == 1, "one panel at a time");
   for (int r = 0; r < R; r++) {
     uint32_t acc[16] = {};
@@ -33,7 +33,7 @@ inline void dot_15(const uint8_t* a, size_t a_stride, int, const uint8_t* w, siz
 template <int R, int P>
 inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo*, const uint8_t* w, size_t w_stride,
                        int groups, const int32_t* offsets, int32_t* out, int ldo, Ahead) {
-  dot_15<R, P>(a, a_stride, 0, w, w_stride, groups * kGroup / 4, offsets, out, ldo, false);
+  dot_15<R, P>(a, a_stride, 0, w, w_stride, groups * kGroup / 4, offsets, out, ldo, false, 0);
 }
 
 template <int R>
