@@ -12,7 +12,8 @@ enum class ActFormat {
   kBytes,   // q
   kShorts,  // q << e as int16
   kPlanes,  // q << e as two planes of int8: AMX
-  kPairs,   // q in a way that AVX2 can multiply: below
+  kPairs,   // q as AVX2 multiplies them with int8: below
+  kPairs4,  // q as AVX2 multiplies them with int4
 };
 
 // All formats but pairs: 2 * k_pad bytes for the values, then this for every group.
@@ -20,6 +21,11 @@ struct GroupInfo {
   int32_t exponent;
   int32_t sum;  // of q
 };
+NG_INLINE GroupInfo group_info(const uint8_t* row, int groups, int g) {
+  GroupInfo info;
+  std::memcpy(&info, row + groups * 2 * kGroup + g * sizeof info, sizeof info);
+  return info;
+}
 
 #if defined(__AVX512VNNI__) || defined(__ARM_FEATURE_DOTPROD)
 constexpr bool kBytes = true;  // byte products; 15 bits as two planes of int8, a = 256 high + low
@@ -71,7 +77,8 @@ NG_INLINE void put(uint8_t* row, int plane, int i, const I32& a) {
 // inputs of which a pair does not are *crowded*: they are halved where they lie, and the other half is an entry of a list.
 // So nothing saturates and sums stay exact, whatever the input is.
 //
-// A row: for every group 64 bytes of q, then sixteen int16 2^e; then an int32, how many fours are crowded; then those.
+// A row: for every group 64 bytes of q, then sixteen int16 2^e. With int8 an int32 follows, how many fours are crowded, and
+// then those; with int4 for every group -8 times the sums of q, of inputs 0 and 1 of every four and of 2 and 3, as int16.
 constexpr size_t kPairsGroup = kGroup + 32;
 struct Crowded {
   int8_t rest[4];     // what is missing
@@ -96,11 +103,26 @@ NG_INLINE uint32_t crowded_fours(const int8_t* q) {
 #endif
 }
 
-// Completes group g of a row whose q lie there. `count`: how many were crowded before; goes on.
+// The factor of a group whose q lie at `group`.
+NG_INLINE void put_factor(uint8_t* group, int16_t factor) {
+  int16_t all[16];
+  for (int16_t& one : all) one = factor;
+  std::memcpy(group + kGroup, all, sizeof all);
+}
+// Completes group g of a row for int4. `total`: its q, lane i with those of inputs i, 16 + i, 32 + i and 48 + i; together
+// `sum_of_all`.
+NG_INLINE void put_pair_sums(uint8_t* row, int groups, int g, int exponent, const I32& total, int32_t sum_of_all) {
+  put_factor(row + g * kPairsGroup, int16_t(1 << exponent));
+  alignas(64) static constexpr int32_t kFirst[16] = {-1, -1, 0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1, 0, 0};
+  const int32_t first = sum(total & load(kFirst));
+  const int16_t start[2] = {int16_t(-8 * first), int16_t(-8 * (sum_of_all - first))};
+  std::memcpy(row + groups * kPairsGroup + g * 4, start, 4);
+}
+// Completes group g of a row for int8. `count`: how many were crowded before; goes on.
 NG_INLINE void set_crowded_apart(uint8_t* row, int groups, int g, int exponent, int32_t* count) {
   const int16_t factor = int16_t(1 << exponent);
   int8_t* q = reinterpret_cast<int8_t*>(row + g * kPairsGroup);
-  for (int i = 0; i < 16; i++) std::memcpy(q + kGroup + 2 * i, &factor, 2);
+  put_factor(row + g * kPairsGroup, factor);
   uint8_t* list = row + groups * kPairsGroup;
   for (uint32_t crowded = crowded_fours(q) | crowded_fours(q + 32) << 8; crowded; crowded &= crowded - 1) {
     const int i = __builtin_ctz(crowded);

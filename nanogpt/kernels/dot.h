@@ -47,24 +47,16 @@ namespace {
 // int4: groups of 64 inputs with their own scale. Inside a group sums are exact; over groups floats are added in the order
 // of the inputs. A group of a panel: 512 bytes (byte j of 64 * i: column j / 4, inputs 4 i + j % 4 in the low half of the
 // byte and 32 + 4 i + j % 4 in the high one, both + 8), then 16 bf16 scales. `dot_group` gives the sums of one group's
-// products, less 8 times the activations' sum, not yet shifted.
+// products with 2^e, less 8 times the activations'.
 template <int R>
-inline void dot_i4(const uint8_t* a, size_t a_stride, const GroupInfo* info, const uint8_t* w, int groups, float* out,
-                   int ldo, Ahead ahead) {
+inline void dot_i4(const uint8_t* a, size_t a_stride, const uint8_t* w, int groups, float* out, int ldo, Ahead ahead) {
   F32 total[R];
   each<R>(NG_BODY(r) { total[r] = splat(0.0f); });
-  for (int g = 0; g < groups; g++, a += kGroup, w += kGroupBytes, info++) {
-    int32_t offsets[R], exponents[R];
-    each<R>(NG_BODY(r) {
-      GroupInfo one;
-      std::memcpy(&one, (const uint8_t*)info + r * a_stride, sizeof one);
-      exponents[r] = one.exponent;
-      offsets[r] = one.sum * 8;
-    });
+  for (int g = 0; g < groups; g++, w += kGroupBytes) {
     I32 sums[R];
-    dot_group<R>(a, a_stride, w, offsets, sums);
+    dot_group<R>(a, a_stride, groups, g, w, sums);
     const F32 scale = load_bf16(w + 512);
-    each<R>(NG_BODY(r) { total[r] = fma(to_float(shift_left(sums[r], exponents[r])), scale, total[r]); });
+    each<R>(NG_BODY(r) { total[r] = fma(to_float(sums[r]), scale, total[r]); });
     for (int i = 0; i < ahead.lines; i++, ahead.next += 64) prefetch(ahead.next);
   }
   each<R>(NG_BODY(r) { store(out + r * ldo, total[r]); });

@@ -12,7 +12,7 @@ namespace {
 constexpr int kMaxRows = 6;
 constexpr int kPanelsAtOnce = 1;
 constexpr int kFetchFrom = 1;
-constexpr ActFormat kInt8Input = ActFormat::kPairs;
+constexpr ActFormat kInt8Input = ActFormat::kPairs, kInt4Input = ActFormat::kPairs4;
 
 constexpr size_t kRowGroupBytes = kPairsGroup + kGroup / 4 * sizeof(Crowded);
 
@@ -140,52 +140,30 @@ inline void dot_15(const uint8_t* a, size_t a_stride, int, const uint8_t* w, siz
   }
 }
 
+// A lane takes two products of 4 with 8 bits a step, 32 in all. With 8 times their activations taken off, which is what it
+// begins with, they fit an int16, at most 8 * 127 * 32; on the way it wraps.
 template <int R>
-NG_INLINE void dot_group(const uint8_t* a, size_t a_stride, const uint8_t* w, const int32_t* offsets, I32 (&sums)[R]) {
-  // Pairs of products of 4 with 8 bits are at most 2 * 15 * 127: eight of them fit an int16.
-  const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-  const auto unpacked = [&](const uint8_t* at, bool high) __attribute__((always_inline)) {
-    const __m256i both = _mm256_loadu_si256((const __m256i*)at);
-    return _mm256_and_si256(high ? _mm256_srli_epi16(both, 4) : both, mask);
-  };
-  if constexpr (R <= 4) {  // 16 columns at once; both halves of the bytes in one sum, which is full after 32 inputs
-    __m256i wide[R][2];
-    each<R>(NG_BODY(r) { wide[r][0] = wide[r][1] = _mm256_set1_epi32(-offsets[r]); });
-    for (int half = 0; half < 2; half++, a += 16, w += 256) {
-      __m256i acc[R][2];
-      each<R>(NG_BODY(r) { acc[r][0] = acc[r][1] = _mm256_setzero_si256(); });
-      each<8>(NG_BODY(i) {
-        const uint8_t* at = w + i / 2 * 64;
-        const __m256i b[2] = {unpacked(at, i % 2), unpacked(at + 32, i % 2)};
-        each<R>(NG_BODY(r) {
-          const __m256i x = broadcast4(a + r * a_stride + i / 2 * 4 + i % 2 * 32);
-          each<2>(NG_BODY(c) { multiply_add_bytes(acc[r][c], b[c], x); });
-        });
+NG_INLINE void dot_group(const uint8_t* a, size_t a_stride, int groups, int g, const uint8_t* w, I32 (&sums)[R]) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  __m256i acc[R][2];
+  each<R>(NG_BODY(r) { acc[r][0] = acc[r][1] = broadcast4(a + r * a_stride + groups * kPairsGroup + g * 4); });
+  a += g * kPairsGroup;
+  for (int k = 0; k < kGroup / 2; k += 8, w += 128) {
+    each<4>(NG_BODY(i) {  // the low halves of 64 bytes, the high ones, and again
+      __m256i weights[2] = {load32(w + i / 2 * 64), load32(w + i / 2 * 64 + 32)};
+      each<2>(NG_BODY(c) {
+        weights[c] = _mm256_and_si256(i % 2 ? _mm256_srli_epi16(weights[c], 4) : weights[c], mask);
       });
       each<R>(NG_BODY(r) {
-        each<2>(NG_BODY(c) { wide[r][c] = _mm256_add_epi32(wide[r][c], _mm256_madd_epi16(acc[r][c], ones)); });
-      });
-    }
-    each<R>(NG_BODY(r) { each<2>(NG_BODY(c) { sums[r].v[c] = (NativeU)wide[r][c]; }); });
-  } else {  // 8 columns and then 8, because of the registers
-    each<2>(NG_BODY(c) {
-      __m256i low[R], high[R];
-      each<R>(NG_BODY(r) { low[r] = high[r] = _mm256_setzero_si256(); });
-      for (int i = 0; i < 8; i++) {
-        const uint8_t* at = w + 64 * i + 32 * c;
-        const __m256i b0 = unpacked(at, false), b1 = unpacked(at, true);
-        each<R>(NG_BODY(r) {
-          const uint8_t* row = a + r * a_stride + 4 * i;
-          multiply_add_bytes(low[r], b0, broadcast4(row));
-          multiply_add_bytes(high[r], b1, broadcast4(row + 32));
-        });
-      }
-      each<R>(NG_BODY(r) {
-        const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(low[r], ones), _mm256_madd_epi16(high[r], ones));
-        sums[r].v[c] = (NativeU)_mm256_sub_epi32(both, _mm256_set1_epi32(offsets[r]));
+        const __m256i x = broadcast4(a + r * a_stride + k + i / 2 * 4 + i % 2 * 32);
+        each<2>(NG_BODY(c) { multiply_add_bytes(acc[r][c], weights[c], x); });
       });
     });
   }
+  each<R>(NG_BODY(r) {
+    const __m256i factor = load32(a + r * a_stride + kGroup);
+    each<2>(NG_BODY(c) { sums[r].v[c] = (NativeU)_mm256_madd_epi16(acc[r][c], factor); });
+  });
 }
 
 }  // namespace

@@ -7,7 +7,7 @@ namespace nanogpt {
 namespace {
 
 constexpr int kMaxRows = 6;
-constexpr ActFormat kInt8Input = ActFormat::kBytes;
+constexpr ActFormat kInt8Input = ActFormat::kBytes, kInt4Input = ActFormat::kBytes;
 constexpr size_t kRowGroupBytes = 2 * kGroup + sizeof(GroupInfo);  // two planes for AMX
 constexpr int kPanelsAtOnce = 4;  // for up to three rows, and two for more: as many sums as there are registers
 constexpr int kFetchFrom = 4;     // rows: for fewer the processor's own prefetcher is as good, and instructions are felt
@@ -80,9 +80,15 @@ inline void dot_15(const uint8_t* a, size_t a_stride, int plane, const uint8_t* 
 
 
 template <int R>
-NG_INLINE void dot_group(const uint8_t* a, size_t a_stride, const uint8_t* w, const int32_t* offsets, I32 (&sums)[R]) {
+NG_INLINE void dot_group(const uint8_t* a, size_t a_stride, int groups, int g, const uint8_t* w, I32 (&sums)[R]) {
   __m512i acc[R];
-  each<R>(NG_BODY(r) { acc[r] = _mm512_set1_epi32(-offsets[r]); });
+  int32_t exponents[R];
+  each<R>(NG_BODY(r) {
+    const GroupInfo info = group_info(a + r * a_stride, groups, g);
+    exponents[r] = info.exponent;
+    acc[r] = _mm512_set1_epi32(-8 * info.sum);
+  });
+  a += g * kGroup;
   const __m512i mask = _mm512_set1_epi8(15);
   each<8>(NG_BODY(i) {
     const __m512i both = _mm512_loadu_si512(w + 64 * i);
@@ -93,7 +99,7 @@ NG_INLINE void dot_group(const uint8_t* a, size_t a_stride, const uint8_t* w, co
       multiply_add(acc[r], b1, broadcast4(row + 32));
     });
   });
-  each<R>(NG_BODY(r) { sums[r].v[0] = (NativeU)acc[r]; });
+  each<R>(NG_BODY(r) { sums[r].v[0] = (NativeU)acc[r] << exponents[r]; });
 }
 
 }  // namespace

@@ -7,7 +7,7 @@ namespace nanogpt {
 namespace {
 
 constexpr int kMaxRows = 3;
-constexpr ActFormat kInt8Input = ActFormat::kBytes;
+constexpr ActFormat kInt8Input = ActFormat::kBytes, kInt4Input = ActFormat::kBytes;
 constexpr size_t kRowGroupBytes = 2 * kGroup + sizeof(GroupInfo);
 constexpr int kPanelsAtOnce = 1;
 constexpr int kFetchFrom = 1;
@@ -76,11 +76,15 @@ inline void dot_15(const uint8_t* a, size_t a_stride, int plane, const uint8_t* 
   });
 }
 
-
 template <int R>
-NG_INLINE void dot_group(const uint8_t* a, size_t a_stride, const uint8_t* w, const int32_t* offsets, I32 (&sums)[R]) {
+NG_INLINE void dot_group(const uint8_t* a, size_t a_stride, int groups, int g, const uint8_t* w, I32 (&sums)[R]) {
   int32x4_t acc[R][4];
-  each<R>(NG_BODY(r) { each<4>(NG_BODY(c) { acc[r][c] = vdupq_n_s32(0); }); });
+  int32_t exponents[R];
+  each<R>(NG_BODY(r) {
+    exponents[r] = group_info(a + r * a_stride, groups, g).exponent;
+    each<4>(NG_BODY(c) { acc[r][c] = vdupq_n_s32(0); });
+  });
+  a += g * kGroup;
   for (int i = 0; i < 8; i++, a += 4, w += 64) {
     int8x16_t b0[4], b1[4];  // signed: w + 8 - 8
     each<4>(NG_BODY(c) {
@@ -93,8 +97,9 @@ NG_INLINE void dot_group(const uint8_t* a, size_t a_stride, const uint8_t* w, co
       each<4>(NG_BODY(c) { acc[r][c] = vdotq_s32(vdotq_s32(acc[r][c], b0[c], x0), b1[c], x1); });
     });
   }
-  (void)offsets;
-  each<R>(NG_BODY(r) { each<4>(NG_BODY(c) { sums[r].v[c] = (NativeU)vreinterpretq_u32_s32(acc[r][c]); }); });
+  each<R>(NG_BODY(r) {
+    each<4>(NG_BODY(c) { sums[r].v[c] = (NativeU)vreinterpretq_u32_s32(acc[r][c]) << exponents[r]; });
+  });
 }
 
 }  // namespace

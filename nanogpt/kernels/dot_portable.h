@@ -7,7 +7,7 @@ namespace nanogpt {
 namespace {
 
 constexpr int kMaxRows = 3;
-constexpr ActFormat kInt8Input = ActFormat::kShorts;
+constexpr ActFormat kInt8Input = ActFormat::kShorts, kInt4Input = ActFormat::kBytes;
 constexpr size_t kRowGroupBytes = 2 * kGroup + sizeof(GroupInfo);
 constexpr int kPanelsAtOnce = 1;
 constexpr int kFetchFrom = 1;
@@ -37,15 +37,17 @@ inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo*, cons
 }
 
 template <int R>
-NG_INLINE void dot_group(const uint8_t* a, size_t a_stride, const uint8_t* w, const int32_t* offsets, I32 (&sums)[R]) {
+NG_INLINE void dot_group(const uint8_t* a, size_t a_stride, int groups, int g, const uint8_t* w, I32 (&sums)[R]) {
   for (int r = 0; r < R; r++) {
     alignas(64) int32_t acc[16];
-    for (int c = 0; c < 16; c++) acc[c] = -offsets[r];
+    const uint8_t* row = a + r * a_stride;
+    const GroupInfo info = group_info(row, groups, g);
+    for (int c = 0; c < 16; c++) acc[c] = -8 * info.sum;
     for (int i = 0; i < 512; i++) {
-      const int8_t* x = reinterpret_cast<const int8_t*>(a + r * a_stride) + i / 64 * 4 + i % 4;
+      const int8_t* x = reinterpret_cast<const int8_t*>(row + g * kGroup) + i / 64 * 4 + i % 4;
       acc[i % 64 / 4] += (w[i] & 15) * x[0] + (w[i] >> 4) * x[32];
     }
-    sums[r] = load(acc);
+    sums[r] = shift_left(load(acc), info.exponent);
   }
 }
 

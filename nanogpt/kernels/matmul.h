@@ -79,7 +79,7 @@ NG_INLINE void dot_rows(int rows, const Matrix& m, const uint8_t* a, size_t a_st
     } else if (m.kind == Kind::kF32) {
       dot_f32<R, P>((const float*)a, a_stride / 4, (const float*)w, m.panel_bytes / 4, m.k, (float*)out, ld, false);
     } else if constexpr (P == 1) {
-      dot_i4<R>(a, a_stride, info, w, m.k_pad / kGroup, (float*)out, ld, ahead);
+      dot_i4<R>(a, a_stride, w, m.k_pad / kGroup, (float*)out, ld, ahead);
     }
   }
 }
@@ -129,7 +129,7 @@ NG_INLINE void matmul(const Step& s, Cursor& cursor, const Matrix& m, int rows, 
   const bool own = rows <= kOwnRows;
   float* scale = own ? scratch.act_scale : s.act_scale;
   int32_t* offset = own ? scratch.act_offset : s.act_offset;
-  ActFormat format = m.kind == Kind::kI4 ? ActFormat::kBytes : kInt8Input;
+  ActFormat format = m.kind == Kind::kI4 ? kInt4Input : kInt8Input;
 #if defined(NANOGPT_AMX)
   if (rows >= kAmxRows && m.kind == Kind::kI8) format = ActFormat::kPlanes;
 #endif

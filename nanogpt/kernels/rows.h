@@ -32,14 +32,15 @@ inline float quantize_15(const float* x, int n, int n_pad, int limit, uint8_t* o
   return top > kTiny ? top / float(limit) : 0.0f;
 }
 
-// The same for a matrix's input: in every group of 64 the integers are rounded to eight bits and a common exponent.
+// The same for a matrix's input: in every group of 64 the integers are rounded to -127 .. 127 and a common exponent.
 inline float quantize_shared(const float* x, int n, int n_pad, int limit, ActFormat format, uint8_t* out,
                              int32_t* offset) {
   const float top = largest_size(x, n);
   const F32 inverse = splat(top > kTiny ? float(limit) / top : 0.0f);
   uint32_t row_sum = 0;
   int num_crowded = 0;
-  for (int g = 0; g < n_pad / kGroup; g++) {
+  const int groups = n_pad / kGroup;
+  for (int g = 0; g < groups; g++) {
     I32 a[4], size = splat(int32_t(0));
     each<4>(NG_BODY(j) {
       const int i = g * kGroup + j * 16;
@@ -48,29 +49,29 @@ inline float quantize_shared(const float* x, int n, int n_pad, int limit, ActFor
     });
     const uint32_t bits_used = 32 - uint32_t(__builtin_clz(any_bit(size) | 1));
     const int e = bits_used > 7 ? int(bits_used) - 7 : 0;
-    const I32 half = splat(int32_t(1 << e >> 1)), most = splat(int32_t(127));
+    const I32 half = splat(int32_t(1 << e >> 1)), most = splat(int32_t(127)), least = splat(int32_t(-127));
     I32 total = splat(int32_t(0));
     each<4>(NG_BODY(j) {
       const int i = g * kGroup + j * 16;
-      I32 q = shift_right_signed(a[j] + half, e);
-      q = select(less(most, q), most, q);
+      const I32 q = max(min(shift_right_signed(a[j] + half, e), most), least);
       total = total + q;
       if (format == ActFormat::kPlanes)
         put_planes(out, n_pad, i, shift_left(q, e));
       else if (format == ActFormat::kBytes)
         store_bytes(out + i, q);
-      else if (format == ActFormat::kPairs)
+      else if (format == ActFormat::kPairs || format == ActFormat::kPairs4)
         store_bytes(out + g * kPairsGroup + j * 16, q);
       else
         store_shorts(out + 2 * i, shift_left(q, e));
     });
     const GroupInfo info{e, sum(total)};
     row_sum += uint32_t(info.sum) << e;
-    if (format == ActFormat::kPairs) {
-      set_crowded_apart(out, n_pad / kGroup, g, e, &num_crowded);
-      continue;
-    }
-    std::memcpy(out + 2 * size_t(n_pad) + g * sizeof info, &info, sizeof info);
+    if (format == ActFormat::kPairs)
+      set_crowded_apart(out, groups, g, e, &num_crowded);
+    else if (format == ActFormat::kPairs4)
+      put_pair_sums(out, groups, g, e, total, info.sum);
+    else
+      std::memcpy(out + 2 * size_t(n_pad) + g * sizeof info, &info, sizeof info);
   }
   *offset = int32_t(row_sum * 128u);
   return top > kTiny ? top / float(limit) : 0.0f;

@@ -277,6 +277,16 @@ NG_INLINE I32 abs(const I32& a) {
   }
   return r;
 }
+NG_INLINE I32 min(const I32& a, const I32& b) {  // signed
+  I32 r;
+  NG_LANES r.v[i] = (NativeU)((NativeI)a.v[i] < (NativeI)b.v[i] ? (NativeI)a.v[i] : (NativeI)b.v[i]);
+  return r;
+}
+NG_INLINE I32 max(const I32& a, const I32& b) {  // signed
+  I32 r;
+  NG_LANES r.v[i] = (NativeU)((NativeI)a.v[i] > (NativeI)b.v[i] ? (NativeI)a.v[i] : (NativeI)b.v[i]);
+  return r;
+}
 NG_INLINE I32 select(const I32& mask, const I32& yes, const I32& no) {
   I32 r;
   NG_LANES r.v[i] = (yes.v[i] & mask.v[i]) | (no.v[i] & ~mask.v[i]);
