@@ -10,6 +10,7 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import numpy as np
@@ -120,7 +121,10 @@ def select(tensors: Mapping[str, LazyTensor], config: GPTConfig, where: str) -> 
     for name in shapes:
         selected[name] = tensors[name].open(name)
         tensors[name].verify(name)
-        _check_finite(name, selected[name], where)
+    # NumPy gives the lock away while it computes: two see through 500 MB in half the time.
+    with ThreadPoolExecutor(2, "check") as pool:
+        for _ in pool.map(lambda name: _check_finite(name, selected[name], where), shapes):
+            pass
     return selected
 
 

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 
@@ -58,18 +57,23 @@ void lap(const Step& s, const Cursor& cursor, Part part, int64_t& last) {
   last = now;
 }
 
+Pages::Pages(size_t bytes) : bytes_(bytes) {
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  data_ = static_cast<uint8_t*>(memory);
+}
+Pages::~Pages() {
+  if (data_) munmap(data_, bytes_);
+}
+
 Model::Model(const Config& config, const std::vector<Kind>& kinds, const uint8_t* packed, int num_slots, int threads,
              const std::string& isa)
     : weights_(Layout(config, kinds).weights(packed)),
       kv_(config, weights_.wte.kind == Kind::kF32),
       num_slots_(num_slots),
       isa_(find_isa(isa)),
-      team_(threads) {
-  kv_bytes_ = kv_.slot_bytes * (size_t(num_slots) + 1);
-  // Committed by the operating system as it is touched, and zero until then.
-  void* memory = mmap(nullptr, kv_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  kv_base_ = static_cast<uint8_t*>(memory);
+      team_(threads),
+      kv_memory_(kv_.slot_bytes * (size_t(num_slots) + 1)) {
   const size_t widest = round_up(std::max({config.n_embd, config.n_inner}), kDepth);
   const size_t context = round_up(config.block_size, kDepth), element = kv_.f32 ? 4 : 2;
   const size_t act_row = kv_.f32 ? widest * element : widest / kGroup * isa_->row_group_bytes + 64;
@@ -90,7 +94,7 @@ Model::Model(const Config& config, const std::vector<Kind>& kinds, const uint8_t
   carve({aligned(thread_memory_.get())});
   step_.weights = &weights_;
   step_.kv = kv_;
-  step_.kv_base = kv_base_;
+  step_.kv_base = kv_memory_.data();
   step_.scratch = scratch_.data();
   step_.team = &team_;
   step_.isa = isa_;
@@ -105,7 +109,6 @@ Model::Model(const Config& config, const std::vector<Kind>& kinds, const uint8_t
 
 Model::~Model() {
   team_.quiesce();
-  if (kv_base_) munmap(kv_base_, kv_bytes_);
 }
 
 // Buffers for `rows`, with some room. A prompt's are given back when none has come for a while: its rows take more memory
@@ -125,15 +128,11 @@ void Model::reserve(int rows) {
     return c.used;
   };
   team_.quiesce();
-  rows_memory_.reset();
+  rows_memory_ = Pages();
+  reserved_rows_ = 0;
   // Zero, because the columns between a width and its multiple of 64 are read and never written.
-  const size_t bytes = carve({nullptr}) + 64;
-  rows_memory_.reset(static_cast<uint8_t*>(std::calloc(bytes, 1)));
-  if (!rows_memory_) {
-    reserved_rows_ = 0;
-    throw std::bad_alloc();
-  }
-  carve({aligned(rows_memory_.get())});
+  rows_memory_ = Pages(carve({nullptr}));
+  carve({rows_memory_.data()});
   reserved_rows_ = wanted;
   small_steps_ = 0;
 }
@@ -224,7 +223,7 @@ void Model::copy_prefix(int source, int target, int num_tokens) {
   if (source == target) return;
   // Whole leaves: what lies past the prefix in the last one is overwritten before it is read.
   const size_t blocks = (size_t(num_tokens) + kLeafTokens - 1) / kLeafTokens;
-  std::memcpy(kv_base_ + target * kv_.slot_bytes, kv_base_ + source * kv_.slot_bytes, blocks * kv_.block_bytes);
+  std::memcpy(step_.kv_base + target * kv_.slot_bytes, step_.kv_base + source * kv_.slot_bytes, blocks * kv_.block_bytes);
 }
 
 }  // namespace nanogpt

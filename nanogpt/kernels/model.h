@@ -1,10 +1,10 @@
 // A packed model with its K/V slots and its threads: everything behind one runner. Not thread safe: one caller at a time.
 #pragma once
 
-#include <cstdlib>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "step.h"
@@ -24,6 +24,26 @@ struct Draws {
   std::vector<int32_t> rows;
   std::vector<Sampling> sampling;
   std::vector<int32_t> drawn;  // the answer
+};
+
+// Memory straight from the operating system: zero, committed as it is touched, and given back when this ends. A heap
+// may keep what was freed.
+class Pages {
+ public:
+  Pages() = default;
+  explicit Pages(size_t bytes);  // throws std::bad_alloc
+  Pages(Pages&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
+  Pages& operator=(Pages other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  ~Pages();
+  uint8_t* data() const { return data_; }
+
+ private:
+  uint8_t* data_ = nullptr;
+  size_t bytes_ = 0;
 };
 
 class Model {
@@ -64,13 +84,9 @@ class Model {
   int num_slots_;
   const Isa* isa_;
   Team team_;
-  uint8_t* kv_base_ = nullptr;
-  size_t kv_bytes_ = 0;
+  Pages kv_memory_;
   int reserved_rows_ = 0, small_steps_ = 0;  // small: steps in a row that needed less than half of the buffers
-  struct Free {
-    void operator()(uint8_t* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<uint8_t[], Free> rows_memory_;
+  Pages rows_memory_;
   std::unique_ptr<uint8_t[]> thread_memory_;
   std::vector<float> logits_;
   std::vector<int64_t> part_ns_;

@@ -231,20 +231,27 @@ def _raise_unless_backends(error: BaseException) -> None:
         raise error
 
 
-def _merges(path: str | os.PathLike[str], vocabulary: Mapping[str, int]) -> list[list[str]]:
-    merges = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        line = line.removesuffix("\r")
-        if not line or (number == 1 and line.startswith("#version")):
-            continue
+def _merges(path: str | os.PathLike[str], vocabulary: Mapping[str, int]) -> list[str]:
+    """The lines with a merge, two pieces with a space between."""
+    lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
+    if lines[0].startswith("#version"):
+        lines[0] = ""
+    merges = [line for line in lines if line]
+    # All at once, and one by one only to say which is wrong: the good ones are 50,000.
+    pieces = {*" ".join(merges).split(" "), *(merge.replace(" ", "") for merge in merges)} if merges else set()
+    if any(merge.count(" ") != 1 for merge in merges) or "" in pieces or not vocabulary.keys() >= pieces:
+        _raise_for_merges(path, lines, vocabulary)
+    return merges
+
+
+def _raise_for_merges(path: str | os.PathLike[str], lines: list[str], vocabulary: Mapping[str, int]) -> None:
+    for number, line in enumerate(lines, 1):
         pair = line.split(" ")
-        if len(pair) != 2 or not pair[0] or not pair[1]:
+        if line and (len(pair) != 2 or not all(pair)):
             raise TokenizerError(f"{os.fspath(path)} is damaged: line {number} is {line[:60]!r}, not two pieces.")
-        unknown = next((piece for piece in (*pair, "".join(pair)) if piece not in vocabulary), None)
+        unknown = next((piece for piece in (*pair, "".join(pair)) if line and piece not in vocabulary), None)
         if unknown is not None:
             raise TokenizerError(f"{os.fspath(path)} does not fit the vocabulary: line {number} has {unknown!r}.")
-        merges.append(pair)
-    return merges
 
 
 def _eos_token(folder: Path) -> str | None:
