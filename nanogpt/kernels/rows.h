@@ -35,6 +35,7 @@ inline float quantize_15(const float* x, int n, int n_pad, int limit, uint8_t* o
 // The same for a matrix's input: in every group of 64 the integers are rounded to -127 .. 127 and a common exponent.
 inline float quantize_shared(const float* x, int n, int n_pad, int limit, ActFormat format, uint8_t* out,
                              int32_t* offset) {
+  limit = imin(limit, 127 << 7);  // so the largest of a row, which matters most, is rounded to itself
   const float top = largest_size(x, n);
   const F32 inverse = splat(top > kTiny ? float(limit) / top : 0.0f);
   uint32_t row_sum = 0;

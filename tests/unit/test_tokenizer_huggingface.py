@@ -272,6 +272,7 @@ def test_the_older_pair_of_files(merges: str, tmp_path: Path) -> None:
         ({"a": 0, "b": 0}, "", "one id to two tokens"),
         (BYTES, "a b c", "merges.txt is damaged: line 1 is 'a b c'"),
         (BYTES, "#version: 0.2\na b\nab", "merges.txt is damaged: line 3 is 'ab'"),
+        (BYTES, "Ġ a b\nab", "merges.txt is damaged: line 1 is 'Ġ a b'"),
         (BYTES, "a b\nb a", "merges.txt does not fit the vocabulary: line 2 has 'ba'"),
     ],
 )
