@@ -7,7 +7,7 @@
 namespace nanogpt {
 namespace {
 
-// A row of a matrix's input. Groups of 64 have an exponent e: a value is q * 2^e, q an int8, e in 0 .. 7.
+// A row of a matrix's input. Groups of 64 have an exponent e: a value is q * 2^e, q in -127 .. 127, e in 0 .. 7.
 enum class ActFormat {
   kBytes,   // q
   kShorts,  // q << e as int16
