@@ -73,7 +73,7 @@ NG_INLINE void put(uint8_t* row, int plane, int i, const I32& a) {
 }
 
 // Pairs. AVX2's product of bytes adds two neighbours in 16 bits. With weights of up to 255 the sum fits as long as the two
-// activations add up to at most 128 either way, which nearly all do: of normally distributed inputs 98 of 100 pairs. Four
+// activations add up to at most 128 either way, which nearly all do: of normally distributed inputs 97 of 100 pairs. Four
 // inputs of which a pair does not are *crowded*: they are halved where they lie, and the other half is an entry of a list.
 // So nothing saturates and sums stay exact, whatever the input is.
 //

@@ -287,12 +287,6 @@ NG_INLINE I32 max(const I32& a, const I32& b) {  // signed
   NG_LANES r.v[i] = (NativeU)((NativeI)a.v[i] > (NativeI)b.v[i] ? (NativeI)a.v[i] : (NativeI)b.v[i]);
   return r;
 }
-NG_INLINE I32 select(const I32& mask, const I32& yes, const I32& no) {
-  I32 r;
-  NG_LANES r.v[i] = (yes.v[i] & mask.v[i]) | (no.v[i] & ~mask.v[i]);
-  return r;
-}
-
 // To the nearest integer, ties to even, for |a| < 2^22: adding 1.5 * 2^23 leaves the integer in the low bits.
 NG_INLINE I32 round_to_int(const F32& a) {
   const F32 magic = splat(12582912.0f);
