@@ -10,6 +10,7 @@ import socket
 import time
 from functools import partial
 from selectors import EVENT_READ
+from types import FrameType
 from typing import Any
 
 from gunicorn.workers.gthread import TConn, ThreadWorker
@@ -29,6 +30,12 @@ class SheddingWorker(ThreadWorker):  # type: ignore[misc]
         """Called where the app is this product's own and nobody's middleware sees what it answers."""
         if not self.cfg.is_ssl and self.cfg.protocol == "http":
             self.wsgi: Any = partial(_lend_socket, self.wsgi)
+
+    def handle_quit(self, sig: int, frame: FrameType | None) -> None:
+        """Ctrl-C comes twice, from the terminal and from the arbiter, and at any moment: the main thread may hold the
+        lock of its thread pool just then, which gunicorn's handler would wait for, for ever. The main loop holds none.
+        """
+        self.method_queue.defer(super().handle_quit, sig, frame)
 
     def enqueue_req(self, conn: TConn) -> None:
         """Every connection comes here when it is new, and when it has sent something."""

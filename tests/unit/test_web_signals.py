@@ -1,15 +1,20 @@
-"""Signals that reach a worker before it listens for them."""
+"""Signals that reach a worker at awkward moments."""
 
 from __future__ import annotations
 
+import os
 import queue
 import signal
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+from gunicorn.config import Config
 
 from nanogpt.web.gunicorn_hooks import post_fork
+from nanogpt.web.gunicorn_worker import SheddingWorker
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
@@ -39,3 +44,25 @@ def test_from_then_on_a_signal_to_stop_ends_it_at_once(newborn: SimpleNamespace)
     newborn.SIG_QUEUE.put(signal.SIGCHLD)  # not meant for the worker
     post_fork(newborn, None)
     assert [signal.getsignal(number) for number in STOPS] == [signal.SIG_DFL] * 3
+
+
+def test_ctrl_c_waits_for_nothing_that_the_main_thread_holds() -> None:
+    """It came while the thread pool was given a request, or a second time: the worker lived until it was killed."""
+    worker = SheddingWorker(0, os.getppid(), [], None, 30, Config(), None)
+    worker.tpool = ThreadPoolExecutor(1)
+    worker.method_queue.init()
+
+    def signals_in_the_midst_of_a_submit() -> None:
+        with worker.tpool._shutdown_lock:
+            worker.handle_quit(signal.SIGINT, None)
+            worker.handle_quit(signal.SIGINT, None)
+
+    main_thread = threading.Thread(target=signals_in_the_midst_of_a_submit, daemon=True)
+    main_thread.start()
+    main_thread.join(5.0)
+    assert not main_thread.is_alive()
+    with pytest.raises(SystemExit) as ended:
+        worker.method_queue.run_callbacks(None)  # as its main loop does next
+    assert ended.value.code == 0
+    worker.method_queue.close()
+    worker.tmp.close()
