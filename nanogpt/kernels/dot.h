@@ -9,7 +9,7 @@
 // Every sum is exact in 32 bits, modulo 2^32 on the way, so all instruction sets give the same number in any order.
 //
 // Two kinds of quantized activations (activations.h):
-//   shared exponents (a matrix's input)  q * 2^e: q in -127 .. 127, e in 0 .. 7 one exponent a group of 64 inputs
+//   shared exponents (a matrix's input)  q * 2^e: q in -93 .. 93, e in 0 .. 7 one exponent a group of 64 inputs
 //   15 bits          (attention)         an integer a, |a| <= 16383
 // A shared exponent costs one product and a shift a group where 15 bits cost two products. Where the unit wants it (AMX,
 // plain C++) the shift is made beforehand: a = q << e. Same number, same bits. Products with int4 take q as bytes everywhere.

@@ -1,27 +1,25 @@
-// Products on AVX2 (dot.h), whose only product of bytes can saturate.
-//
-// `vpmaddubsw` multiplies unsigned bytes with signed ones and adds two neighbours in 16 bits. What would not fit there has
-// been set apart when the activations were quantized (kPairs in activations.h), and comes last, as steps of its own.
+// Products on AVX2 (dot.h), whose only product of bytes can saturate: activations_avx2.h says why it does not.
 #pragma once
 
-#include "activations.h"
+#include "activations_avx2.h"
+
+#define NANOGPT_PAIRS
 
 namespace nanogpt {
 namespace {
 
-constexpr int kMaxRows = 6;
+constexpr int kMaxRows = 5;
 constexpr int kPanelsAtOnce = 1;
 constexpr int kFetchFrom = 1;
 constexpr ActFormat kInt8Input = ActFormat::kPairs, kInt4Input = ActFormat::kPairs4;
 
-constexpr size_t kRowGroupBytes = kPairsGroup + kGroup / 4 * sizeof(Crowded);
+constexpr size_t kRowGroupBytes = kPairsRowGroup;
 
 NG_INLINE __m256i broadcast4(const void* p) {
   int32_t four;
   std::memcpy(&four, p, 4);
   return _mm256_set1_epi32(four);
 }
-NG_INLINE __m256i load32(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 
 // acc += products of int16, two a lane / of u8 x s8 into int16, two a lane / of u8 x s8 times a factor, four a lane. As
 // instructions: from intrinsics GCC 12 makes sums of products first, which takes more registers than there are.
@@ -38,12 +36,15 @@ NG_INLINE void multiply_add_pairs(__m256i& acc, const __m256i& w, const __m256i&
   asm("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
       : "+x"(acc), "=&x"(product) : "x"(w), "x"(a), "x"(factor));
 }
-// The same with the factor in memory, at row + i. The compiler is told an address and not what lies there: for an operand
-// in memory it would write all sums to memory first, as they might lie there. `settled` keeps it right.
-NG_INLINE void multiply_add_pairs(__m256i& acc, const __m256i& w, const __m256i& a, const uint8_t* row, size_t i) {
-  __m256i product;
-  asm("vpmaddubsw %3, %2, %1\n\tvpmaddwd (%4,%5), %1, %1\n\tvpaddd %1, %0, %0"
-      : "+x"(acc), "=&x"(product) : "x"(w), "x"(a), "r"(row), "r"(i));
+// acc = the products + start.
+NG_INLINE void multiply_bytes(__m256i& acc, const __m256i& w, const __m256i& a, const __m256i& start) {
+  asm("vpmaddubsw %2, %1, %0" : "=x"(acc) : "x"(w), "x"(a));
+  asm("vpaddw %1, %0, %0" : "+x"(acc) : "x"(start));
+}
+// acc += pairs of int16 times the factor in memory, at row + i. The compiler is told an address and not what lies there:
+// for an operand in memory it would write all sums to memory first, as they might lie there. `settled` keeps it right.
+NG_INLINE void widen_add(__m256i& acc, __m256i& pairs, const uint8_t* row, size_t i) {
+  asm("vpmaddwd (%2,%3), %1, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "+x"(pairs) : "r"(row), "r"(i));
 }
 // The pointer, with everything written that it may point to.
 NG_INLINE const uint8_t* settled(const uint8_t* p) {
@@ -51,46 +52,59 @@ NG_INLINE const uint8_t* settled(const uint8_t* p) {
   return p;
 }
 
-// Four steps of four inputs are written out, for what a turn itself costs is felt; on the way F lines at `next` are
-// fetched a turn, `stride` bytes from one to the next.
+// The products of a row's list.
+NG_INLINE void add_apart(const uint8_t* list, const uint8_t* w, int32_t* out) {
+  int32_t count;
+  std::memcpy(&count, list, 4);
+  if (count == 0) return;
+  __m256i s0 = load32(out), s1 = load32(out + 8);
+  for (const uint8_t *one = list + 4, *end = one + count * sizeof(Apart); one != end; one += sizeof(Apart)) {
+    uint32_t four;
+    std::memcpy(&four, one + offsetof(Apart, four), 4);
+    const __m256i x = broadcast4(one), e = broadcast4(one + offsetof(Apart, factor));
+    multiply_add_pairs(s0, load32(w + size_t(four) * 64), x, e);
+    multiply_add_pairs(s1, load32(w + size_t(four) * 64 + 32), x, e);
+  }
+  _mm256_storeu_si256((__m256i*)out, s0);
+  _mm256_storeu_si256((__m256i*)(out + 8), s1);
+}
+
+// On the way F lines at `next` are fetched for every block of 16 inputs, `stride` bytes from one to the next. A function of
+// its own: written into its caller, GCC has fewer registers for it, and it takes a third longer.
 template <int R, int F>
-NG_INLINE void dot_pairs(const uint8_t* a, size_t a_stride, const uint8_t* w, int groups, const int32_t* offsets,
-                         int32_t* out, int ldo, const uint8_t* next, size_t stride) {
+NG_OUTLINE void dot_pairs(const uint8_t* a, size_t a_stride, const uint8_t* w, int groups, const int32_t* offsets,
+                          int32_t* out, int ldo, const uint8_t* next, size_t stride) {
   __m256i acc[R][2];
   const uint8_t *row[R], *b = w;
   each<R>(NG_BODY(r) {
     row[r] = settled(a + r * a_stride);
     acc[r][0] = acc[r][1] = _mm256_set1_epi32(-offsets[r]);
   });
-  size_t at = 0, factor = kGroup;
-  const auto step = NG_BODY(i) {
-    const __m256i weights[2] = {load32(b + 64 * i), load32(b + 64 * i + 32)};
-    each<R>(NG_BODY(r) {
-      const __m256i x = broadcast4(row[r] + at + 4 * i);
-      each<2>(NG_BODY(c) { multiply_add_pairs(acc[r][c], weights[c], x, row[r], factor); });
-    });
-  };
+  size_t at = 0, factor = kPairsFactor;
   for (int g = 0; g < groups; g++, at += kPairsGroup - kGroup, factor += kPairsGroup) {
-    for (int k = 0; k < kGroup; k += 16, at += 16, b += 256) {
+    size_t start = factor + kPairsStart - kPairsFactor;
+    for (int k = 0; k < kGroup; k += kBlock, at += kBlock, start += 4, b += 4 * 64) {
       for (int i = 0; i < F; i++, next += stride) prefetch(next);
-      each<4>(step);
+      __m256i sums[R][2];
+      each<4>(NG_BODY(i) {
+        const __m256i weights[2] = {load32(b + 64 * i), load32(b + 64 * i + 32)};
+        each<R>(NG_BODY(r) {
+          const __m256i x = broadcast4(row[r] + at + 4 * i);
+          if constexpr (i == 0) {
+            const __m256i first = broadcast4(row[r] + start);
+            each<2>(NG_BODY(c) { multiply_bytes(sums[r][c], weights[c], x, first); });
+          } else {
+            each<2>(NG_BODY(c) { multiply_add_bytes(sums[r][c], weights[c], x); });
+          }
+        });
+      });
+      each<R>(NG_BODY(r) { each<2>(NG_BODY(c) { widen_add(acc[r][c], sums[r][c], row[r], factor); }); });
     }
   }
   each<R>(NG_BODY(r) {
-    __m256i s0 = acc[r][0], s1 = acc[r][1];
-    const uint8_t* list = row[r] + groups * kPairsGroup;
-    int32_t count;
-    std::memcpy(&count, list, 4);
-    for (const uint8_t *one = list + 4, *end = one + count * sizeof(Crowded); one != end; one += sizeof(Crowded)) {
-      uint32_t four;
-      std::memcpy(&four, one + offsetof(Crowded, four), 4);
-      const __m256i x = broadcast4(one), e = broadcast4(one + offsetof(Crowded, factor));
-      multiply_add_pairs(s0, load32(w + size_t(four) * 64), x, e);
-      multiply_add_pairs(s1, load32(w + size_t(four) * 64 + 32), x, e);
-    }
-    _mm256_storeu_si256((__m256i*)(out + r * ldo), s0);
-    _mm256_storeu_si256((__m256i*)(out + r * ldo + 8), s1);
+    each<2>(NG_BODY(c) { _mm256_storeu_si256((__m256i*)(out + r * ldo + 8 * c), acc[r][c]); });
   });
+  for (int r = 0; r < R; r++) add_apart(a + r * a_stride + groups * kPairsGroup, w, out + r * ldo);
 }
 template <int R, int P>
 inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo*, const uint8_t* w, size_t, int groups,
@@ -141,13 +155,13 @@ inline void dot_15(const uint8_t* a, size_t a_stride, int, const uint8_t* w, siz
 }
 
 // A lane takes two products of 4 with 8 bits a step, 32 in all. With 8 times their activations taken off, which is what it
-// begins with, they fit an int16, at most 8 * 127 * 32; on the way it wraps.
+// begins with, they fit an int16, at most 8 * 93 * 32; on the way it wraps.
 template <int R>
 NG_INLINE void dot_group(const uint8_t* a, size_t a_stride, int groups, int g, const uint8_t* w, I32 (&sums)[R]) {
   const __m256i mask = _mm256_set1_epi8(15);
   __m256i acc[R][2];
-  each<R>(NG_BODY(r) { acc[r][0] = acc[r][1] = broadcast4(a + r * a_stride + groups * kPairsGroup + g * 4); });
-  a += g * kPairsGroup;
+  each<R>(NG_BODY(r) { acc[r][0] = acc[r][1] = broadcast4(a + r * a_stride + groups * kPairs4Group + g * 4); });
+  a += g * kPairs4Group;
   for (int k = 0; k < kGroup / 2; k += 8, w += 128) {
     each<4>(NG_BODY(i) {  // the low halves of 64 bytes, the high ones, and again
       __m256i weights[2] = {load32(w + i / 2 * 64), load32(w + i / 2 * 64 + 32)};

@@ -14,8 +14,9 @@ size_t panel_bytes(Kind kind, int k_pad) {
 void Layout::add(const std::string& name, bool is_matrix, Kind kind, int n, int k) {
   Entry entry{name, is_matrix, kind, n, k, bytes_, 0};
   if (is_matrix) {
-    const size_t n_pad = round_up(n, kLanes);
-    entry.bytes = n_pad / kLanes * panel_bytes(kind, round_up(k, kDepth)) + 2 * n_pad * sizeof(float) + 64;
+    const size_t n_pad = round_up(n, kLanes), k_pad = round_up(k, kDepth);
+    entry.bytes = n_pad / kLanes * panel_bytes(kind, k_pad) + 2 * n_pad * sizeof(float) + 64;
+    if (kind == Kind::kI8) entry.bytes += k_pad / kLaneInputs * sizeof(int32_t);
   } else {
     entry.bytes = size_t(n) * round_up(k, kDepth) * sizeof(float);
   }
@@ -61,6 +62,7 @@ Matrix matrix_at(const Entry& e, const uint8_t* base) {
   m.bias = m.scale + m.n_pad;
   const int32_t act_max = *reinterpret_cast<const int32_t*>(m.bias + m.n_pad);
   m.act_max = act_max < 1 ? 1 : act_max > kActMax ? kActMax : act_max;  // a damaged file must not matter
+  m.lane_limits = reinterpret_cast<const int32_t*>(m.bias + m.n_pad) + 16;
   return m;
 }
 

@@ -19,6 +19,7 @@ constexpr int kLanes = 16;           // columns of a panel, and lanes of every f
 constexpr int kDepth = 64;           // inputs are padded to this
 constexpr int kGroup = 64;           // inputs that share an exponent, or an int4 scale
 constexpr int kLeafTokens = 64;      // tokens of one K/V leaf
+constexpr int kLaneInputs = 8;       // inputs that one lane of 16 bits sums up (activations_avx2.h)
 constexpr int kActMax = 16383;       // activations are integers of 15 bits with the sign
 constexpr size_t kGroupBytes = 544;  // an int4 group of a panel: 512 of weights, 16 bf16 scales
 
@@ -37,7 +38,8 @@ struct Config {
 };
 
 // A packed matrix. `act_max` is how large a quantized activation may be for the int32 sum to be exact whatever the
-// input is (see pack.cc).
+// input is (see pack.cc). `lane_limits`, of int8 alone: the same for a lane's int16 sum, what the squares of its eight
+// activations may add up to; two lanes for every 16 inputs.
 struct Matrix {
   Kind kind = Kind::kI8;
   int n = 0, k = 0, n_pad = 0, k_pad = 0;
@@ -46,6 +48,7 @@ struct Matrix {
   const uint8_t* data = nullptr;
   const float* scale = nullptr;
   const float* bias = nullptr;
+  const int32_t* lane_limits = nullptr;
   int num_panels() const { return n_pad / kLanes; }
 };
 
@@ -61,7 +64,7 @@ struct Weights {
   Matrix wte, head;  // the same when tied
 };
 
-// One named piece of the packed buffer. A matrix has its weights at `offset`, then scale, bias, act_max.
+// One named piece of the packed buffer. A matrix has its weights at `offset`, then scale, bias, act_max, lane_limits.
 struct Entry {
   std::string name;
   bool is_matrix;

@@ -40,7 +40,7 @@ NG_INLINE void prepare(const Matrix& m, int first, int last, ActFormat format, u
       if (x != reinterpret_cast<float*>(to)) std::memcpy(to, x, sizeof(float) * round_up(m.k, 16));
       scale[r] = 1.0f;
     } else {
-      scale[r] = quantize_shared(make(r, floats), m.k, m.k_pad, m.act_max, format, to, offset + r);
+      scale[r] = quantize_shared(make(r, floats), m, format, to, offset + r);
     }
   }
 }

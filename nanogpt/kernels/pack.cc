@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <thread>
 
 namespace nanogpt {
@@ -31,19 +33,30 @@ int nearest(float x) {
   return bits - 0x4b400000;
 }
 
-// One row as int8 into column `c` of its panel. Returns the sum of the integers' sizes.
-int64_t pack_row_i8(const float* x, int k, uint8_t* panel, int c, float* scale) {
+// What bounds the sums of products with int8, of one row or of several: the sum of a row's sizes, and of each lane's squares.
+struct Bounds {
+  int64_t size = 0;
+  std::vector<int32_t> squares;
+  explicit Bounds(size_t lanes) : squares(lanes) {}
+  void widen(const Bounds& other) {
+    size = std::max(size, other.size);
+    for (size_t i = 0; i < squares.size(); i++) squares[i] = std::max(squares[i], other.squares[i]);
+  }
+};
+
+// One row as int8 into column `c` of its panel. Returns its bounds in `row`.
+void pack_row_i8(const float* x, int k, uint8_t* panel, int c, float* scale, Bounds& row) {
   const float top = largest(x, k);
   const bool some = top > 1e-30f;
   const float inverse = some ? 127.0f / top : 0.0f;
   *scale = some ? top / 127.0f : 0.0f;
-  int64_t size = 0;
+  row = Bounds(row.squares.size());
   for (int i = 0; i < k; i++) {
     const int q = nearest(x[i] * inverse);
     panel[size_t(i / 4) * 64 + c * 4 + i % 4] = uint8_t(q + 128);
-    size += q < 0 ? -q : q;
+    row.size += std::abs(q);
+    row.squares[i / 16 * 2 + i % 4 / 2] += q * q;
   }
-  return size;
 }
 
 // The scale of a group of int4 that leaves the least squared error, among a few around the largest value.
@@ -91,8 +104,11 @@ void pack_matrix(const Entry& e, const float* weight, const float* bias, uint8_t
   uint8_t* data = to + e.offset;
   float* scale = const_cast<float*>(m.scale);
   std::atomic<int> next{0};
-  std::atomic<int64_t> largest_size{1};
+  const size_t lanes = m.kind == Kind::kI8 ? m.k_pad / kLaneInputs : 0;
+  Bounds bounds(lanes);
+  std::mutex mutex;
   auto work = [&] {
+    Bounds seen(lanes), one(lanes);
     for (int p; (p = next.fetch_add(1)) < m.num_panels();) {
       uint8_t* panel = data + size_t(p) * m.panel_bytes;
       for (int c = 0; c < kLanes; c++) {
@@ -104,16 +120,16 @@ void pack_matrix(const Entry& e, const float* weight, const float* bias, uint8_t
             for (int k = 0; k < m.k; k++) std::memcpy(panel + (size_t(k) * kLanes + c) * 4, x + k, 4);
         } else if (m.kind == Kind::kI8) {
           if (!x) continue;
-          const int64_t size = pack_row_i8(x, m.k, panel, c, scale + row);
-          int64_t seen = largest_size.load();
-          while (seen < size && !largest_size.compare_exchange_weak(seen, size)) {
-          }
+          pack_row_i8(x, m.k, panel, c, scale + row, one);
+          seen.widen(one);
         } else {
           const std::vector<float> zeros(x ? 0 : m.k);
           pack_row_i4(x ? x : zeros.data(), m.k, panel, c);
         }
       }
     }
+    const std::lock_guard<std::mutex> lock(mutex);
+    bounds.widen(seen);
   };
   std::vector<std::thread> pool;
   for (int i = 1; i < threads; i++) pool.emplace_back(work);
@@ -123,8 +139,12 @@ void pack_matrix(const Entry& e, const float* weight, const float* bias, uint8_t
   // A sum of products is at most (the largest activation) x (sum of the weights' sizes): with this limit on
   // activations int32 holds it, for any input. It binds (under 15 bits) only where a row's weights are all large.
   // The 128 is what rounding to a shared exponent may add.
-  const int32_t act_max = int32_t(std::clamp<int64_t>(INT32_MAX / largest_size.load() - 128, 1, kActMax));
+  const int32_t act_max = int32_t(std::clamp<int64_t>(INT32_MAX / std::max<int64_t>(bounds.size, 1) - 128, 1, kActMax));
   std::memcpy(const_cast<float*>(m.bias + m.n_pad), &act_max, 4);
+  // The same for a lane's 16 bits (activations_avx2.h): by Cauchy and Schwarz the square of a sum of products is at most
+  // the product of the sums of squares.
+  int32_t* limits = const_cast<int32_t*>(m.lane_limits);
+  for (size_t i = 0; i < lanes; i++) limits[i] = INT16_MAX * INT16_MAX / std::max(bounds.squares[i], 1);
 }
 
 void pack_vector(const Entry& e, const float* values, uint8_t* to) {

@@ -17,6 +17,7 @@
 #endif
 
 #define NG_INLINE inline __attribute__((always_inline))
+#define NG_OUTLINE [[gnu::noinline]] inline
 
 namespace nanogpt {
 namespace {
@@ -275,16 +276,6 @@ NG_INLINE I32 abs(const I32& a) {
     const NativeU sign = (NativeU)((NativeI)a.v[i] >> 31);
     r.v[i] = (a.v[i] ^ sign) - sign;
   }
-  return r;
-}
-NG_INLINE I32 min(const I32& a, const I32& b) {  // signed
-  I32 r;
-  NG_LANES r.v[i] = (NativeU)((NativeI)a.v[i] < (NativeI)b.v[i] ? (NativeI)a.v[i] : (NativeI)b.v[i]);
-  return r;
-}
-NG_INLINE I32 max(const I32& a, const I32& b) {  // signed
-  I32 r;
-  NG_LANES r.v[i] = (NativeU)((NativeI)a.v[i] > (NativeI)b.v[i] ? (NativeI)a.v[i] : (NativeI)b.v[i]);
   return r;
 }
 // To the nearest integer, ties to even, for |a| < 2^22: adding 1.5 * 2^23 leaves the integer in the low bits.

@@ -31,7 +31,7 @@ Bytes = npt.NDArray[np.uint8]
 
 logger = logging.getLogger("nanogpt.runner")
 
-FORMAT = 1
+FORMAT = 2
 """Counted up whenever the bytes of a packed model mean something else."""
 MAX_BYTES = 8 << 30
 """Of all files together; the least recently used go first."""
