@@ -7,10 +7,10 @@ finds the tokenizer, and checks everything before it returns. Copies no tensor.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from nanogpt.checkpoint import canonical, hugging_face, llmc_file, safetensors_file, torch_families
 from nanogpt.checkpoint.find_tokenizer import for_family
@@ -22,9 +22,10 @@ from nanogpt.checkpoint.torch_file import TorchArchive
 from nanogpt.checkpoint.types import Checkpoint
 from nanogpt.errors import CheckpointNotFound, CorruptCheckpoint, TokenizerError, UnsupportedCheckpoint
 from nanogpt.model.config import Activation, GPTConfig
+from nanogpt.tokenizer.base import Tokenizer
 
-if TYPE_CHECKING:
-    from nanogpt.tokenizer.base import Tokenizer
+# A tokenizer, and notes on how it was found.
+Found = tuple[Tokenizer, tuple[str, ...]]
 
 # First bytes of what people name by mistake: what it is, and what to do.
 _STRANGERS: Final = (
@@ -39,11 +40,16 @@ _STRANGERS: Final = (
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str] = "", *, tokenizer: str = "", activation: Activation | None = None
+    path: str | os.PathLike[str] = "",
+    *,
+    tokenizer: str = "",
+    activation: Activation | None = None,
+    read_tokenizer: Callable[[Callable[[], Found]], Found] = lambda find: find(),
 ) -> Checkpoint:
     """The model at a path: a file or a folder of any nano-GPT family. Empty: the model that lies in the package.
 
-    ``tokenizer`` (``gpt2``, or a path) and ``activation`` override what the family says.
+    ``tokenizer`` (``gpt2``, or a path) and ``activation`` override what the family says. ``read_tokenizer`` says where
+    the tokenizer is read: it is called with what reads it.
 
     Raises: CheckpointNotFound, CorruptCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint, TokenizerError.
     """
@@ -52,7 +58,7 @@ def load_checkpoint(
         source = hugging_face.read(found) if found.config is not None else _read_file(found.path)
         if activation is not None:
             source = replace(source, activation=activation).noting(f"GELU: set to {activation}.")
-        return _assemble(source, found.path, tokenizer)
+        return _assemble(source, found.path, read_tokenizer(lambda: _tokenizer(source, found.path, tokenizer)))
     except MemoryError:
         raise CorruptCheckpoint(f"{found.path} asks for more memory than there is.") from None
     except OSError as error:  # a file beside it, or a name in it that the system does not take
@@ -97,7 +103,7 @@ def _llmc(file: MappedFile) -> Source:
     )
 
 
-def _assemble(source: Source, path: Path, setting: str) -> Checkpoint:
+def _assemble(source: Source, path: Path, found: Found) -> Checkpoint:
     tied = canonical.is_tied(source.tensors)
     if source.tied is False and canonical.HEAD not in source.tensors:
         tied = False  # select() then says that the head is missing
@@ -106,7 +112,7 @@ def _assemble(source: Source, path: Path, setting: str) -> Checkpoint:
             f"{path}: config.json ties the head to the embedding, but the file holds a different {canonical.HEAD}.",
             remedy="Set tie_word_embeddings to false if the head was trained by itself.",
         )
-    tokenizer, notes = _tokenizer(source, path, setting)
+    tokenizer, notes = found
     config = _config(source, path, tokenizer.num_tokens, tied)
     source = source.noting(*notes)
     if config.num_tokens < config.vocab_size:
@@ -126,7 +132,7 @@ def _assemble(source: Source, path: Path, setting: str) -> Checkpoint:
     )
 
 
-def _tokenizer(source: Source, path: Path, setting: str) -> tuple[Tokenizer, tuple[str, ...]]:
+def _tokenizer(source: Source, path: Path, setting: str) -> Found:
     if source.tokenizer is not None and not setting:
         return _described_tokenizer(source.tokenizer, path), ()
     vocab_size = source.sizes.vocab_size

@@ -56,9 +56,10 @@ def load_model(settings: Settings) -> Model:
     """The settings' checkpoint on the settings' device. Raises: NanoGPTError."""
     from nanogpt.checkpoint import card, load_checkpoint
     from nanogpt.checkpoint.digest import weights_digest
+    from nanogpt.engine.described import read_apart
     from nanogpt.runner import create_runner
 
-    checkpoint = load_checkpoint(settings.model_checkpoint, tokenizer=settings.tokenizer)
+    checkpoint = load_checkpoint(settings.model_checkpoint, tokenizer=settings.tokenizer, read_tokenizer=read_apart)
     logger.info("Checkpoint %s: %s parameters.", checkpoint.path, f"{checkpoint.config.num_parameters():,}")
     runner = create_runner(
         checkpoint,
