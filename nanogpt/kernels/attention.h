@@ -204,10 +204,10 @@ inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch)
         if (few && head == task.head0) {
           const size_t share = kv.v_bytes * imin(kLeafTokens, longest - t) / kLeafTokens;
           for (size_t panel = 0; panel < kv.v_bytes; panel += kv.v_bytes * 16 / kv.dv)
-            for (size_t i = 0; i < share * 16 / kv.dv; i += 64) prefetch(leaf + kv.k_bytes + panel + i);
+            for (size_t i = 0; i < share * 16 / kv.dv; i += 64) prefetch_near(leaf + kv.k_bytes + panel + i);
         }
         if (few)
-          for (size_t i = 0; i < 2 * kLeafTokens * sizeof(float); i += 64) prefetch(leaf + ahead + scales + i);
+          for (size_t i = 0; i < 2 * kLeafTokens * sizeof(float); i += 64) prefetch_near(leaf + ahead + scales + i);
         leaf_scores(rows, kv, scratch.att_act, q_stride, q_plane, offsets, leaf,
                     imin(4, (longest - t + 15) / 16), reinterpret_cast<int32_t*>(scratch.scores) + t, ld, ahead);
       }
@@ -230,12 +230,17 @@ inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch)
                     reinterpret_cast<int32_t*>(scratch.out), kv.dv, t > 0, ahead);
       }
       for (int r = 0; r < rows; r++) {
-        alignas(64) float y[16];
         float* to = s.att + (row0 + r) * s.ldx + head * kv.d;
         for (int i = 0; i < kv.d; i += 16) {
-          const F32 value = load(scratch.out + r * kv.dv + i);
-          store(y, (kv.f32 ? value : to_float(bits(value))) * splat(factor[r]));
-          std::memcpy(to + i, y, sizeof(float) * imin(16, kv.d - i));
+          const F32 sums = load(scratch.out + r * kv.dv + i);
+          const F32 y = (kv.f32 ? sums : to_float(bits(sums))) * splat(factor[r]);
+          if (i + 16 <= kv.d) {
+            store(to + i, y);
+          } else {
+            alignas(64) float rest[16];
+            store(rest, y);
+            for (int j = 0; j < kv.d - i; j++) to[i + j] = rest[j];
+          }
         }
       }
     }

@@ -132,7 +132,7 @@ inline void dot_15(const uint8_t* a, size_t a_stride, int, const uint8_t* w, siz
     each<R>(NG_BODY(r) { each<C>(NG_BODY(c) { acc[r][c] = _mm256_setzero_si256(); }); });
     const uint8_t *x = a, *b = w + 4 * first;
     for (int k = 0; k < kq; k++, x += 8, b += 64) {
-      if constexpr (R <= kFewRows) prefetch(b + ahead);
+      if constexpr (R <= kFewRows) prefetch_near(b + ahead);
       __m256i weights[C];
       each<C>(NG_BODY(c) { weights[c] = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(b + 16 * c))); });
       each<R>(NG_BODY(r) {

@@ -236,6 +236,7 @@ NG_INLINE float sum(const F32& a) { return fold_lanes(a, Add()); }
 NG_INLINE float max_lane(const F32& a) { return fold_lanes(a, Larger()); }
 
 NG_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+NG_INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }  // into the L1 cache
 
 // Sums and disjunctions of integers: any order gives the same.
 NG_INLINE int32_t sum(const I32& a) {
