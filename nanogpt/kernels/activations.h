@@ -14,8 +14,7 @@ enum class ActFormat {
   kBytes,   // q
   kShorts,  // q << e as int16
   kPlanes,  // q << e as two planes of int8: AMX
-  kPairs,   // q as AVX2 multiplies them with int8: activations_avx2.h
-  kPairs4,  // q as AVX2 multiplies them with int4
+  kPairs,   // q as AVX2 multiplies them: activations_avx2.h
 };
 
 // All formats but pairs: 2 * k_pad bytes for the values, then this for every group.
@@ -73,6 +72,34 @@ NG_INLINE void put(uint8_t* row, int plane, int i, const I32& a) {
   else
     store_shorts(row + 2 * i, a);
 }
+
+// Writes the groups of a matrix's input to `row` in order, in any format but pairs.
+struct PlainRow {
+  uint8_t* row;
+  int n_pad;
+  ActFormat format;
+  uint32_t sum_of_all = 0;
+  PlainRow(uint8_t* to, const Matrix& m, ActFormat as) : row(to), n_pad(m.k_pad), format(as) {}
+
+  NG_INLINE void group(int g, int exponent, const I32 (&q)[4]) {
+    I32 total = splat(int32_t(0));
+    each<4>(NG_BODY(j) {
+      const int i = g * kGroup + j * 16;
+      total = total + q[j];
+      if (format == ActFormat::kPlanes)
+        put_planes(row, n_pad, i, shift_left(q[j], exponent));
+      else if (format == ActFormat::kBytes)
+        store_bytes(row + i, q[j]);
+      else
+        store_shorts(row + 2 * i, shift_left(q[j], exponent));
+    });
+    const GroupInfo info{exponent, sum(total)};
+    std::memcpy(row + 2 * size_t(n_pad) + g * sizeof info, &info, sizeof info);
+    sum_of_all += uint32_t(info.sum) << exponent;
+  }
+  // The sum of those activations whose products hold 128 times them too much.
+  NG_INLINE uint32_t finish() { return sum_of_all; }
+};
 
 }  // namespace
 }  // namespace nanogpt

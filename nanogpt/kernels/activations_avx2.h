@@ -1,4 +1,4 @@
-// Quantized activations as AVX2 multiplies them: formats kPairs (with int8) and kPairs4 (with int4).
+// Quantized activations as AVX2 multiplies them with int8 and int4: the format kPairs.
 //
 // AVX2's product of bytes adds two neighbours in 16 bits and saturates. Weights are at most 255 there, so the sum fits as
 // long as the two activations add up to at most 128 either way, which nearly all do. Four inputs of which a pair does not
@@ -46,8 +46,8 @@ NG_INLINE uint32_t crowded_fours(const int8_t* q) {
   return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(fours)));
 }
 
-// Lanes of a group: 0 and 1 of block 0, of block 1, ... From eight numbers for each of two blocks a register, of pairs in
-// the order of the inputs, the sums of each lane.
+// The sums of every lane of a group: 0 and 1 of block 0, then of block 1, ... `blocks`: a block's eight numbers, one for each
+// pair of its inputs, in order.
 NG_INLINE __m256i lane_sums(const __m256i (&blocks)[4]) {
   __m256i halves[4];  // a block's lanes 0 1 0 1 in either half
   each<4>(NG_BODY(b) {
@@ -83,16 +83,6 @@ NG_INLINE void put_factor(uint8_t* to, int16_t factor) {
   _mm256_storeu_si256((__m256i*)to, _mm256_set1_epi16(factor));
 }
 
-// Completes group g of a row for int4. `total`: its q, lane i with those of inputs i, 16 + i, 32 + i and 48 + i; together
-// `sum_of_all`.
-NG_INLINE void complete_pairs4(uint8_t* row, int groups, int g, int exponent, const I32& total, int32_t sum_of_all) {
-  put_factor(row + g * kPairs4Group + kGroup, int16_t(1 << exponent));
-  alignas(64) static constexpr int32_t kFirst[16] = {-1, -1, 0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1, 0, 0};
-  const int32_t first = sum(total & load(kFirst));
-  const int16_t start[2] = {int16_t(-8 * first), int16_t(-8 * (sum_of_all - first))};
-  std::memcpy(row + groups * kPairs4Group + g * 4, start, 4);
-}
-
 // A row's list while it is made.
 struct ApartList {
   uint8_t* at;
@@ -124,27 +114,63 @@ inline void shorten_lane(int8_t* q, int lane, int32_t limit, int exponent, int f
   }
 }
 
-// Completes group g of a row for int8. `limits`: the matrix's for this group.
-NG_INLINE void complete_pairs(uint8_t* row, int g, int exponent, const int32_t* limits, ApartList& list) {
-  uint8_t* group = row + g * kPairsGroup;
-  int8_t* q = reinterpret_cast<int8_t*>(group);
-  for (uint32_t crowded = crowded_fours(q) | crowded_fours(q + 32) << 8; crowded; crowded &= crowded - 1) {
-    const int i = __builtin_ctz(crowded);
-    int8_t rest[4];
-    for (int j = 0; j < 4; j++) {
-      const int8_t half = int8_t(q[4 * i + j] >> 1);
-      rest[j] = int8_t(q[4 * i + j] - half);
-      q[4 * i + j] = half;
+// Writes the groups of a matrix's input to `row` in order.
+struct PairsRow {
+  uint8_t* row;
+  const Matrix& m;
+  ApartList list;
+  PairsRow(uint8_t* to, const Matrix& matrix, ActFormat)
+      : row(to), m(matrix), list{to + m.k_pad / kGroup * kPairsGroup} {}
+
+  NG_INLINE void group(int g, int exponent, const I32 (&q)[4]) {
+    if (m.kind == Kind::kI4)
+      for_int4(g, exponent, q);
+    else
+      for_int8(g, exponent, q);
+  }
+  // The sum of those activations whose products hold 128 times them too much: of the others lanes begin without it.
+  NG_INLINE uint32_t finish() {
+    if (m.kind == Kind::kI8) std::memcpy(list.at, &list.count, 4);
+    return list.sum;
+  }
+
+ private:
+  NG_INLINE void for_int4(int g, int exponent, const I32 (&values)[4]) {
+    uint8_t* group = row + g * kPairs4Group;
+    I32 total = splat(int32_t(0));  // lane i: of inputs i, 16 + i, 32 + i and 48 + i
+    each<4>(NG_BODY(j) {
+      store_bytes(group + j * 16, values[j]);
+      total = total + values[j];
+    });
+    put_factor(group + kGroup, int16_t(1 << exponent));
+    alignas(64) static constexpr int32_t kFirst[16] = {-1, -1, 0, 0, -1, -1, 0, 0, -1, -1, 0, 0, -1, -1, 0, 0};
+    const int32_t first = sum(total & load(kFirst)), second = sum(total) - first;
+    const int16_t start[2] = {int16_t(-8 * first), int16_t(-8 * second)};
+    std::memcpy(row + m.k_pad / kGroup * kPairs4Group + g * 4, start, 4);
+  }
+  NG_INLINE void for_int8(int g, int exponent, const I32 (&values)[4]) {
+    uint8_t* group = row + g * kPairsGroup;
+    each<4>(NG_BODY(j) { store_bytes(group + j * 16, values[j]); });
+    int8_t* q = reinterpret_cast<int8_t*>(group);
+    for (uint32_t crowded = crowded_fours(q) | crowded_fours(q + 32) << 8; crowded; crowded &= crowded - 1) {
+      const int i = __builtin_ctz(crowded);
+      int8_t rest[4];
+      for (int j = 0; j < 4; j++) {
+        const int8_t half = int8_t(q[4 * i + j] >> 1);
+        rest[j] = int8_t(q[4 * i + j] - half);
+        q[4 * i + j] = half;
+      }
+      list.add(rest, exponent, g * (kGroup / 4) + i);
     }
-    list.add(rest, exponent, g * (kGroup / 4) + i);
+    const int32_t* limits = m.lane_limits + g * (kGroup / kLaneInputs);
+    for (uint32_t over = long_lanes(q, limits); over; over &= over - 1) {
+      const int i = __builtin_ctz(over), block = i / 2;
+      shorten_lane(q + kBlock * block, i % 2, limits[i], exponent, g * (kGroup / 4) + 4 * block, list);
+    }
+    put_factor(group + kPairsFactor, int16_t(1 << exponent));
+    put_starts(group + kPairsStart, q);
   }
-  for (uint32_t over = long_lanes(q, limits); over; over &= over - 1) {
-    const int i = __builtin_ctz(over), block = i / 2;
-    shorten_lane(q + kBlock * block, i % 2, limits[i], exponent, g * (kGroup / 4) + 4 * block, list);
-  }
-  put_factor(group + kPairsFactor, int16_t(1 << exponent));
-  put_starts(group + kPairsStart, q);
-}
+};
 
 }  // namespace
 }  // namespace nanogpt

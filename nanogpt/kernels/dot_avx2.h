@@ -3,15 +3,14 @@
 
 #include "activations_avx2.h"
 
-#define NANOGPT_PAIRS
-
 namespace nanogpt {
 namespace {
 
 constexpr int kMaxRows = 5;
 constexpr int kPanelsAtOnce = 1;
 constexpr int kFetchFrom = 1;
-constexpr ActFormat kInt8Input = ActFormat::kPairs, kInt4Input = ActFormat::kPairs4;
+constexpr ActFormat kInt8Input = ActFormat::kPairs, kInt4Input = ActFormat::kPairs;
+using Row = PairsRow;
 
 constexpr size_t kRowGroupBytes = kPairsRowGroup;
 

@@ -8,6 +8,7 @@ namespace {
 
 constexpr int kMaxRows = 6;
 constexpr ActFormat kInt8Input = ActFormat::kBytes, kInt4Input = ActFormat::kBytes;
+using Row = PlainRow;
 constexpr size_t kRowGroupBytes = 2 * kGroup + sizeof(GroupInfo);  // two planes for AMX
 constexpr int kPanelsAtOnce = 4;  // for up to three rows, and two for more: as many sums as there are registers
 constexpr int kFetchFrom = 4;     // rows: for fewer the processor's own prefetcher is as good, and instructions are felt

@@ -8,6 +8,7 @@ namespace {
 
 constexpr int kMaxRows = 3;
 constexpr ActFormat kInt8Input = ActFormat::kBytes, kInt4Input = ActFormat::kBytes;
+using Row = PlainRow;
 constexpr size_t kRowGroupBytes = 2 * kGroup + sizeof(GroupInfo);
 constexpr int kPanelsAtOnce = 1;
 constexpr int kFetchFrom = 1;

@@ -34,62 +34,25 @@ inline float quantize_15(const float* x, int n, int n_pad, int limit, uint8_t* o
 
 // The same for the input of a matrix: in every group of 64 the integers are rounded to -93 .. 93 and a common exponent.
 inline float quantize_shared(const float* x, const Matrix& m, ActFormat format, uint8_t* out, int32_t* offset) {
-  const int n = m.k, n_pad = m.k_pad;
   const int limit = imin(m.act_max, kMostQ << 7);  // so the largest of a row, which matters most, is rounded to itself
-  const float top = largest_size(x, n);
+  const float top = largest_size(x, m.k);
   const F32 inverse = splat(top > kTiny ? float(limit) / top : 0.0f);
-  uint32_t row_sum = 0;
-  const int groups = n_pad / kGroup;
-#if defined(NANOGPT_PAIRS)
-  ApartList list{out + groups * kPairsGroup};
-#endif
-  for (int g = 0; g < groups; g++) {
+  Row row(out, m, format);
+  for (int g = 0; g < m.k_pad / kGroup; g++) {
     I32 a[4], size = splat(int32_t(0));
     each<4>(NG_BODY(j) {
       const int i = g * kGroup + j * 16;
-      a[j] = i < n ? round_to_int(load(x + i) * inverse) : splat(int32_t(0));
+      a[j] = i < m.k ? round_to_int(load(x + i) * inverse) : splat(int32_t(0));
       const I32 s = abs(a[j]);
       size = size | (s + shift_right_signed(s, 2) + shift_right_signed(s, 3));  // 11/8: 93 becomes 127
     });
     const uint32_t bits_used = 32 - uint32_t(__builtin_clz(any_bit(size) | 1));
     const int e = bits_used > 7 ? int(bits_used) - 7 : 0;
     const I32 half = splat(int32_t(1 << e >> 1));
-    I32 total = splat(int32_t(0));
-    each<4>(NG_BODY(j) {
-      const int i = g * kGroup + j * 16;
-      const I32 q = shift_right_signed(a[j] + half, e);
-      total = total + q;
-      if (format == ActFormat::kPlanes)
-        put_planes(out, n_pad, i, shift_left(q, e));
-      else if (format == ActFormat::kBytes)
-        store_bytes(out + i, q);
-#if defined(NANOGPT_PAIRS)
-      else if (format == ActFormat::kPairs)
-        store_bytes(out + g * kPairsGroup + j * 16, q);
-      else if (format == ActFormat::kPairs4)
-        store_bytes(out + g * kPairs4Group + j * 16, q);
-#endif
-      else
-        store_shorts(out + 2 * i, shift_left(q, e));
-    });
-    const GroupInfo info{e, sum(total)};
-    row_sum += uint32_t(info.sum) << e;
-#if defined(NANOGPT_PAIRS)
-    if (format == ActFormat::kPairs)
-      complete_pairs(out, g, e, m.lane_limits + g * (kGroup / kLaneInputs), list);
-    else if (format == ActFormat::kPairs4)
-      complete_pairs4(out, groups, g, e, total, info.sum);
-    else
-#endif
-      std::memcpy(out + 2 * size_t(n_pad) + g * sizeof info, &info, sizeof info);
+    each<4>(NG_BODY(j) { a[j] = shift_right_signed(a[j] + half, e); });
+    row.group(g, e, a);
   }
-#if defined(NANOGPT_PAIRS)
-  if (format == ActFormat::kPairs) {
-    std::memcpy(list.at, &list.count, 4);
-    row_sum = list.sum;  // the others' surplus is in what their lanes begin with
-  }
-#endif
-  *offset = int32_t(row_sum * 128u);
+  *offset = int32_t(row.finish() * 128u);
   return top > kTiny ? top / float(limit) : 0.0f;
 }
 
