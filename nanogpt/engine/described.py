@@ -91,6 +91,8 @@ def _describe(find: Callable[[], Found], writing: int) -> NoReturn:
         with os.fdopen(writing, "wb") as pipe:
             pipe.write(json.dumps(answer).encode())
         os._exit(0)
+    except BrokenPipeError:  # the engine was ended meanwhile
+        os._exit(1)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

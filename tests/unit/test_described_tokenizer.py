@@ -10,7 +10,7 @@ import pytest
 
 from nanogpt.checkpoint import load_checkpoint
 from nanogpt.checkpoint.load import Found
-from nanogpt.engine.described import DescribedTokenizer, read_apart
+from nanogpt.engine.described import DescribedTokenizer, _describe, read_apart
 from nanogpt.errors import TokenizerError
 
 FAMILIES = ["01_nanogpt_char", "03_build_nanogpt/log", "05_llmc/gpt2_d2.bin", "06_hf_gpt2/safetensors"]
@@ -55,6 +55,20 @@ def test_a_process_that_the_system_ends_counts_as_too_little_memory() -> None:
 
     with pytest.raises(MemoryError):
         read_apart(find)
+
+
+def test_it_says_nothing_when_the_engine_was_ended_meanwhile(
+    shared_checkpoints: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_checkpoint(shared_checkpoints / "01_nanogpt_char").tokenizer
+    reading, writing = os.pipe()
+    os.close(reading)
+    child = os.fork()
+    if child == 0:
+        _describe(lambda: (tokenizer, ()), writing)
+    os.close(writing)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert capfd.readouterr().err == ""
 
 
 def test_no_process_is_left(shared_checkpoints: Path) -> None:
