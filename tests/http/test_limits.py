@@ -11,6 +11,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,12 @@ class Closed:
         return self.made[-1]
 
     def wait_all(self, key: str, status: int) -> None:
-        """Every worker answers a route that does not exist so: with 404 to those who may come in, 401 to others."""
-        wait_for(
-            lambda: all(self.server.get("/none", headers={"X-API-Key": key}).status_code == status for _ in range(24)),
-            30.0,
-            f"all workers answer {status}",
-        )
+        """Every worker answers a route that does not exist so: with 404 to those who may come in, 401 to others.
+
+        Many at once: of requests one after another the worker that is awake may take them all.
+        """
+        ask = partial(self.server.get, "/none", headers={"X-API-Key": key})
+        wait_for(lambda: statuses(lambda _: ask(), 48) == {status: 48}, 30.0, f"all workers answer {status}")
 
     def ask(self, key: str, **body: Any) -> requests.Response:
         return self.server.generate({**BODY, **body}, headers={"X-API-Key": key})
