@@ -1,13 +1,12 @@
 """The PyTorch runner, for CPU and CUDA: the layers of ``nanogpt.model.gpt`` over K and V that are kept between steps.
 
-A step's N tokens, of whatever sequences, go through every layer but attention as one matrix ``[N, C]``; attention goes
-by groups (see ``_Group``); the head is computed for the rows that are sampled, and for no others. Used by the engine's
-thread. On a device nothing waits for it before the drawn ids are transferred, once a step.
+A step's N tokens, of whatever sequences, go through every layer but attention as one matrix ``[N, C]``, attention goes
+sequence by sequence; the head is computed for the rows that are sampled, and for no others. On a device, sequences with
+one token each go through ``nanogpt.runner.decoder`` instead. Used by the engine's thread. On a device nothing waits for
+it before the drawn ids are transferred, once a step.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,27 +17,12 @@ from nanogpt.model.gpt import GPT, StoredModel
 from nanogpt.runner import sampler, sampler_torch
 from nanogpt.runner.base import Batch, Float32, Int32, StepOutput
 from nanogpt.runner.cpus import usable_cpus
+from nanogpt.runner.decoder import Decoder
 from nanogpt.runner.sampler_torch import upload
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HEAD_ROWS = 64
 """Rows whose logits are held at once where many are wanted for their log probabilities (a row of GPT-2's: 200 kB)."""
-
-
-@dataclass(slots=True)
-class _Group:
-    """Sequences whose attention is computed by one call: rows ``first .. stop`` of the step, the same number for each.
-
-    One sequence reads its K and V where they lie. Several, one token each, are gathered and masked to the longest.
-    """
-
-    first: int
-    stop: int
-    num_sequences: int
-    slots: slice | torch.Tensor
-    length: int
-    causal: bool
-    mask: torch.Tensor | None
 
 
 class TorchRunner:
@@ -76,16 +60,20 @@ class TorchRunner:
         self.device = device
         self.precision = self.arithmetic = precision
         self._device = torch.device(device)
-        # On a CPU copying K and V together costs more than the calls that it saves, and a sequence's attention does
-        # not depend on who else is in the batch.
-        self._share_calls = device != "cpu"
         self._model = GPT.from_checkpoint(checkpoint, device=self._device, dtype=_DTYPES[precision]).eval()
         self._kv = self._allocate()
+        # On a CPU a launch costs nothing, and a sequence's attention does not depend on who else is in the batch.
+        self._decoder: Decoder | None = None
+        if device != "cpu":
+            self.use_decoder()
 
     def _allocate(self) -> torch.Tensor:
-        """K and V, all zero: stale numbers under a mask do no harm, NaN would. Shapes: ``[L, 2, slots, H, T, D]``."""
+        """K and V, all zero: stale numbers under a mask do no harm, NaN would. Shapes: ``[L, 2, slots, H, T, D]``.
+
+        One slot more than sequences have: the decoder's.
+        """
         c = self.config
-        shape = (c.n_layer, 2, self.num_slots, c.n_head, c.block_size, c.head_size)
+        shape = (c.n_layer, 2, self.num_slots + 1, c.n_head, c.block_size, c.head_size)
         dtype = _DTYPES[self.precision]
         if self.device != "cpu":
             return torch.zeros(shape, dtype=dtype, device=self._device)
@@ -141,50 +129,51 @@ class TorchRunner:
         """Give back memory and threads; the runner is not used again."""
         del self._model, self._kv
 
+    @torch.inference_mode()
+    def use_decoder(self) -> None:
+        """Sequences with one token each, the many steps that follow a prompt, are computed as one launch from now on."""
+        self._decoder = Decoder(self._model, self._kv)
+
     def _forward(self, batch: Batch) -> torch.Tensor:
         """Write the batch's K and V. Returns the hidden states that the head takes. Shapes: ``[N, C]``."""
-        counts = batch.num_tokens
+        counts, firsts = batch.num_tokens, np.cumsum(batch.num_tokens) - batch.num_tokens
+        # Only what is sampled from, so that the step waits for the device before the decoder is used again.
+        decoded = (counts == 1) & np.array([state is not None for state in batch.sampling])
+        if self._decoder is None or not decoded.any():
+            return self._layers(batch.token_ids, batch.slots, batch.starts, counts)
+        rows = firsts[decoded]
+        decoder_hidden = self._decoder.step(batch.token_ids[rows], batch.starts[decoded], batch.slots[decoded])
+        if decoded.all():
+            return decoder_hidden
+        others = np.delete(np.arange(len(batch.token_ids)), rows)
+        hidden = torch.empty(len(batch.token_ids), self.config.n_embd, dtype=self._kv.dtype, device=self._device)
+        hidden[upload(rows, self._device)] = decoder_hidden
+        hidden[upload(others, self._device)] = self._layers(
+            batch.token_ids[others], batch.slots[~decoded], batch.starts[~decoded], counts[~decoded]
+        )
+        return hidden
+
+    def _layers(self, ids: Int32, slots: Int32, starts: Int32, counts: Int32) -> torch.Tensor:
+        """Sequences of any number of tokens each. Shapes: ids ``[N]``, the others ``[B]`` → ``[N, C]``."""
         firsts = np.cumsum(counts) - counts
-        positions = np.arange(len(batch.token_ids)) - np.repeat(firsts - batch.starts, counts)
-        table = np.stack([batch.token_ids, positions, np.repeat(batch.slots, counts)])
+        positions = np.arange(len(ids)) - np.repeat(firsts - starts, counts)
+        table = np.stack([ids, positions, np.repeat(slots, counts)])
         token_ids, position, slot = upload(table.astype(np.int64), self._device)
-        groups = self._groups(batch, firsts, position, slot)
+        parts = [
+            _Part(first, n, slot, start + n, self._device)
+            for first, n, slot, start in zip(firsts.tolist(), counts.tolist(), slots.tolist(), starts.tolist(), strict=True)
+        ]
         transformer = self._model.transformer
         x = transformer.wte(token_ids) + transformer.wpe(position)
         for block, (keys, values) in zip(transformer.blocks, self._kv, strict=True):
             q, k, v = block.attn.project(block.ln_1(x))
             keys[slot, :, position] = k
             values[slot, :, position] = v
-            y = torch.cat([_attend(q, keys, values, group) for group in groups])
+            y = torch.cat([part.attend(q, keys, values) for part in parts])
             x = x + block.attn.c_proj(y)
             x = x + block.mlp(block.ln_2(x))
         hidden: torch.Tensor = transformer.ln_f(x)
         return hidden
-
-    def _groups(self, batch: Batch, firsts: Int32, position: torch.Tensor, slot: torch.Tensor) -> list[_Group]:
-        """How this step's attention is divided. On a device, runs of sequences with one token each share a call."""
-        groups: list[_Group] = []
-        lengths = (batch.starts + batch.num_tokens).tolist()
-        for b, (first, n, length) in enumerate(zip(firsts.tolist(), batch.num_tokens.tolist(), lengths, strict=True)):
-            last = groups[-1] if groups else None
-            if self._share_calls and n == 1 and last is not None and last.stop - last.first == last.num_sequences:
-                last.stop += 1
-                last.num_sequences += 1
-                last.length = max(last.length, length)
-                continue
-            whole = n == length  # nothing came before: PyTorch's own causal mask is the faster one
-            mask = None
-            if n > 1 and not whole:
-                mask = torch.ones(n, length, dtype=torch.bool, device=self._device).tril(length - n)
-            only = int(batch.slots[b])
-            groups.append(_Group(first, first + n, 1, slice(only, only + 1), length, n > 1 and whole, mask))
-        for group in groups:
-            if group.num_sequences > 1:
-                rows = slice(group.first, group.stop)
-                group.slots = slot[rows]
-                visible = torch.arange(group.length, device=self._device) <= position[rows, None]
-                group.mask = visible[:, None, None]
-        return groups
 
 
 def _device_precision() -> str:
@@ -192,11 +181,22 @@ def _device_precision() -> str:
     return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
 
 
-def _attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: _Group) -> torch.Tensor:
-    """One group's attention. Shapes: q ``[N, H, D]``, keys and values ``[slots, H, T, D]`` → ``[rows, C]``."""
-    q = q[group.first : group.stop]
-    q = q.view(group.num_sequences, -1, *q.shape[1:]).transpose(1, 2)
-    k = keys[group.slots, :, : group.length]
-    v = values[group.slots, :, : group.length]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, is_causal=group.causal)
-    return y.transpose(1, 2).flatten(0, 1).flatten(1)
+class _Part:
+    """One sequence's attention: rows ``first .. first + n`` of the step, over K and V that are read where they lie."""
+
+    def __init__(self, first: int, n: int, slot: int, length: int, device: torch.device) -> None:
+        self._rows = slice(first, first + n)
+        self._slot = slot
+        self._length = length
+        # Where nothing came before, PyTorch's own causal mask is the faster one.
+        self._causal = n > 1 and n == length
+        self._mask = None
+        if 1 < n < length:
+            self._mask = torch.ones(n, length, dtype=torch.bool, device=device).tril(length - n)
+
+    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Shapes: q ``[N, H, D]``, keys and values ``[slots, H, T, D]`` → ``[n, C]``."""
+        k, v = keys[self._slot, :, : self._length], values[self._slot, :, : self._length]
+        q = q[self._rows].transpose(0, 1)
+        y = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=self._mask, is_causal=self._causal)
+        return y[0].transpose(0, 1).flatten(1)

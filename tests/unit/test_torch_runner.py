@@ -31,12 +31,12 @@ def make(device: str = "cpu", **options: Any) -> TorchRunner:
     )
 
 
-@pytest.fixture(params=[*DEVICES, "cpu, shared calls"])
+@pytest.fixture(params=[*DEVICES, "cpu, decoder"])
 def runner(request: pytest.FixtureRequest) -> Iterator[TorchRunner]:
-    """On a CPU, on a device, and on a CPU with attention in the batches that a device has."""
+    """On a CPU, on a device, and on a CPU with the decoder that a device has."""
     runner = make(request.param.split(",")[0])
-    if "shared" in request.param:
-        runner._share_calls = True
+    if "decoder" in request.param:
+        runner.use_decoder()
     yield runner
     runner.close()
 
