@@ -1,8 +1,9 @@
-"""The sampler on a CUDA device: the steps of ``nanogpt.runner.sampler``, the reference, in PyTorch.
+"""The sampler on a CUDA device: the steps of ``nanogpt.runner.sampler``, the reference, on the device.
 
 Shapes do not depend on the data, so nothing waits for the device: the caller transfers the drawn ids, once a step.
 Random numbers and penalties are prepared on the host, from what the host knows anyway. It exists beside the reference
-because rows of 50,000 logits should not leave the device, and because a CPU must be served without PyTorch.
+because rows of 50,000 logits should not leave the device, and because a CPU must be served without PyTorch. The draw is
+one kernel where Triton is there, and PyTorch's operations elsewhere.
 """
 
 from __future__ import annotations
@@ -16,41 +17,44 @@ import torch
 
 from nanogpt.runner.philox import uniforms
 from nanogpt.runner.sampler import Row, adjustment, forbidden
+from nanogpt.runner.step_graphs import triton_kernels
 
 
 def sample(logits: torch.Tensor, rows: Sequence[Row], num_tokens: int) -> torch.Tensor:
     """One token id for each row, on the device; -1 where the logits are not finite. Shapes: ``[R, V]`` → ``[R]``."""
     model = logits[:, :num_tokens]
     logits = _masked(_adjusted(model, rows), rows)
-    highest, best = logits.max(dim=1)
-    # A mask may hide what is not finite.
-    finite = highest.isfinite() if logits is model else model.amax(dim=1).isfinite()
     params = [row.state.params for row in rows]
-    if not all(p.greedy for p in params):
-        table = np.stack(
-            [
-                [1.0 if p.greedy else p.temperature for p in params],
-                [min(p.top_k or num_tokens, num_tokens) for p in params],
-                [p.top_p for p in params],
-                [p.min_p for p in params],
-                [p.greedy for p in params],
-                uniforms([row.state.seed for row in rows], [row.output_index for row in rows]),
-            ]
-        )
-        # [R, 1] each, in one upload.
-        temperature, top_k, top_p, min_p, greedy, random = upload(table, logits.device)[:, :, None]
-        weights = ((logits.double() - highest.double()[:, None]) / temperature).exp()
-        limited = [p.top_k for p in params if 0 < p.top_k < num_tokens and not p.greedy]
-        if limited:
-            weights = weights * _among_largest(logits, top_k.long(), max(limited))
-        if any(p.top_p < 1.0 for p in params):
-            weights = weights * (_in_nucleus(weights, top_p) | (top_p >= 1.0))
-        if any(p.min_p > 0.0 for p in params):
-            weights = weights * (weights >= min_p)
-        cumulative = weights.cumsum(dim=1)
-        drawn = torch.searchsorted(cumulative, random * cumulative[:, -1:], right=True)
-        best = torch.where(greedy[:, 0] > 0, best, drawn[:, 0])
-    return torch.where(finite, best, -1)
+    table = np.stack(
+        [
+            [1.0 if p.greedy else p.temperature for p in params],
+            [min(p.top_k or num_tokens, num_tokens) for p in params],
+            [p.top_p for p in params],
+            [p.min_p for p in params],
+            [p.greedy for p in params],
+            uniforms([row.state.seed for row in rows], [row.output_index for row in rows]),
+        ]
+    )
+    kernels = triton_kernels() if logits.is_cuda else None
+    drawn: torch.Tensor = (kernels.draw if kernels else draw)(logits, upload(table, logits.device))
+    # A mask may hide what is not finite.
+    return drawn if logits is model else torch.where(model.amax(dim=1).isfinite(), drawn, -1)
+
+
+def draw(logits: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """``triton_kernels.draw`` in PyTorch: temperature and all that follows it; -1 where the logits are not finite.
+
+    Shapes: logits ``[R, V]``; table float64 ``[6, R]``: temperature, top_k, top_p, min_p, greedy, random number; → ``[R]``.
+    """
+    temperature, top_k, top_p, min_p, greedy, random = table[:, :, None]
+    highest, best = logits.max(dim=1)
+    weights = ((logits.double() - highest.double()[:, None]) / temperature).exp()
+    weights = weights * _among_largest(logits, top_k.long())
+    weights = weights * (_in_nucleus(weights, top_p) | (top_p >= 1.0))
+    weights = weights * (weights >= min_p)
+    cumulative = weights.cumsum(dim=1)
+    drawn = torch.searchsorted(cumulative, random * cumulative[:, -1:], right=True)[:, 0]
+    return torch.where(highest.isfinite(), torch.where(greedy[:, 0] > 0, best, drawn), -1)
 
 
 def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
@@ -87,14 +91,13 @@ def _masked(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     return logits.masked_fill(upload(hidden, logits.device), -torch.inf)
 
 
-def _among_largest(logits: torch.Tensor, k: torch.Tensor, largest_k: int) -> torch.Tensor:
-    """Which ids are among the k largest of their row: exactly k, ties to the lower id. A larger k means all."""
-    limited = k <= largest_k
-    kth = logits.topk(largest_k, dim=1).values.gather(1, k.clamp(max=largest_k) - 1)
+def _among_largest(logits: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Which ids are among the k largest of their row: exactly k, ties to the lower id. Shapes: k ``[R, 1]``."""
+    kth = logits.sort(dim=1, descending=True).values.gather(1, k - 1)
     above = logits > kth
     equal = logits == kth
     room = k - above.sum(dim=1, keepdim=True)
-    return above | (equal & (equal.cumsum(dim=1) <= room)) | ~limited
+    return above | (equal & (equal.cumsum(dim=1) <= room))
 
 
 def _in_nucleus(weights: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:

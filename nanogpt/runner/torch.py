@@ -1,12 +1,14 @@
 """The PyTorch runner, for CPU and CUDA: the layers of ``nanogpt.model.gpt`` over K and V that are kept between steps.
 
 A step's N tokens, of whatever sequences, go through every layer but attention as one matrix ``[N, C]``, attention goes
-sequence by sequence; the head is computed for the rows that are sampled, and for no others. On a device, sequences with
-one token each go through ``nanogpt.runner.decoder`` instead. Used by the engine's thread. On a device nothing waits for
-it before the drawn ids are transferred, once a step.
+sequence by sequence; the head is computed for the rows that are sampled, and for no others. On a device most steps are
+played by ``nanogpt.runner.step_graphs`` instead, and nothing waits for it before the drawn ids are transferred, once a
+step. Used by the engine's thread.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,10 +19,11 @@ from nanogpt.model.gpt import GPT, StoredModel
 from nanogpt.runner import sampler, sampler_torch
 from nanogpt.runner.base import Batch, Float32, Int32, StepOutput
 from nanogpt.runner.cpus import usable_cpus
-from nanogpt.runner.decoder import Decoder
 from nanogpt.runner.sampler_torch import upload
+from nanogpt.runner.step_graphs import MOST_TOKENS, StepGraphs
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_HEAD_MULTIPLE = 64
 _HEAD_ROWS = 64
 """Rows whose logits are held at once where many are wanted for their log probabilities (a row of GPT-2's: 200 kB)."""
 
@@ -62,15 +65,17 @@ class TorchRunner:
         self._device = torch.device(device)
         self._model = GPT.from_checkpoint(checkpoint, device=self._device, dtype=_DTYPES[precision]).eval()
         self._kv = self._allocate()
-        # On a CPU a launch costs nothing, and a sequence's attention does not depend on who else is in the batch.
-        self._decoder: Decoder | None = None
+        self._head = _padded(self._model) if device != "cpu" else self._model.head
+        self._graphs: StepGraphs | None = None
         if device != "cpu":
-            self.use_decoder()
+            # cuDNN's attention plans anew for every length of K: 40 ms for each token of a text. Flash attention does not.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            self.use_graphs()
 
     def _allocate(self) -> torch.Tensor:
         """K and V, all zero: stale numbers under a mask do no harm, NaN would. Shapes: ``[L, 2, slots, H, T, D]``.
 
-        One slot more than sequences have: the decoder's.
+        One slot more than sequences have: the graphs'.
         """
         c = self.config
         shape = (c.n_layer, 2, self.num_slots + 1, c.n_head, c.block_size, c.head_size)
@@ -93,7 +98,7 @@ class TorchRunner:
                 picked = hidden.index_select(0, upload(np.array([row.token for row in rows]), self._device))
             else:
                 picked = hidden
-            logits = self._model.head(picked).float()
+            logits = self._head(picked).float()
             if self.device == "cpu":
                 drawn = sampler.sample(logits.numpy(), rows, num_tokens)
             else:
@@ -108,7 +113,7 @@ class TorchRunner:
             for i in range(0, len(asked.following), _HEAD_ROWS):
                 following = asked.following[i : i + _HEAD_ROWS]
                 first = int(firsts[b]) + i
-                logits = self._model.head(hidden[first : first + len(following)]).float()
+                logits = self._head(hidden[first : first + len(following)]).float()
                 entries += sampler.token_logprobs(logits.cpu().numpy(), following, asked.num_top, num_tokens)
         return output
 
@@ -127,31 +132,17 @@ class TorchRunner:
 
     def close(self) -> None:
         """Give back memory and threads; the runner is not used again."""
-        del self._model, self._kv
+        del self._model, self._kv, self._graphs, self._head
 
     @torch.inference_mode()
-    def use_decoder(self) -> None:
-        """Sequences with one token each, the many steps that follow a prompt, are computed as one launch from now on."""
-        self._decoder = Decoder(self._model, self._kv)
+    def use_graphs(self) -> None:
+        """From now on a step that is not too large is one launch."""
+        self._graphs = StepGraphs(self._model, self._kv)
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         """Write the batch's K and V. Returns the hidden states that the head takes. Shapes: ``[N, C]``."""
-        counts, firsts = batch.num_tokens, np.cumsum(batch.num_tokens) - batch.num_tokens
-        # Only what is sampled from, so that the step waits for the device before the decoder is used again.
-        decoded = (counts == 1) & np.array([state is not None for state in batch.sampling])
-        if self._decoder is None or not decoded.any():
-            return self._layers(batch.token_ids, batch.slots, batch.starts, counts)
-        rows = firsts[decoded]
-        decoder_hidden = self._decoder.step(batch.token_ids[rows], batch.starts[decoded], batch.slots[decoded])
-        if decoded.all():
-            return decoder_hidden
-        others = np.delete(np.arange(len(batch.token_ids)), rows)
-        hidden = torch.empty(len(batch.token_ids), self.config.n_embd, dtype=self._kv.dtype, device=self._device)
-        hidden[upload(rows, self._device)] = decoder_hidden
-        hidden[upload(others, self._device)] = self._layers(
-            batch.token_ids[others], batch.slots[~decoded], batch.starts[~decoded], counts[~decoded]
-        )
-        return hidden
+        layers = self._graphs.step if self._graphs and len(batch.token_ids) <= MOST_TOKENS else self._layers
+        return layers(batch.token_ids, batch.slots, batch.starts, batch.num_tokens)
 
     def _layers(self, ids: Int32, slots: Int32, starts: Int32, counts: Int32) -> torch.Tensor:
         """Sequences of any number of tokens each. Shapes: ids ``[N]``, the others ``[B]`` → ``[N, C]``."""
@@ -179,6 +170,15 @@ class TorchRunner:
 def _device_precision() -> str:
     # From Ampere on. torch.cuda.is_bf16_supported is true also where the device only emulates it.
     return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+
+
+def _padded(model: GPT) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model's head with as many rows as a device multiplies fast: GPT-2's 50,257 take three times 50,304's time."""
+    weight = model.transformer.wte.weight if model.lm_head is None else model.lm_head.weight
+    num_rows = len(weight)
+    padded = F.pad(weight.detach(), (0, 0, 0, -num_rows % _HEAD_MULTIPLE))
+    weight.data = padded[:num_rows]  # one copy in memory
+    return lambda x: F.linear(x, padded)[:, :num_rows]
 
 
 class _Part:

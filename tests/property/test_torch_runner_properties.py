@@ -27,15 +27,15 @@ def runner(kind: str) -> TorchRunner:
     """One for all examples, so that slots are never clean."""
     if kind not in RUNNERS:
         RUNNERS[kind] = TorchRunner(tiny_checkpoint(), num_slots=6, threads=1)
-        if kind == "decoder":
-            RUNNERS[kind].use_decoder()
+        if kind == "graphs":
+            RUNNERS[kind].use_graphs()
     return RUNNERS[kind]
 
 
 tokens = st.lists(st.integers(0, NUM_TOKENS - 1), min_size=1, max_size=24)
 
 
-@pytest.mark.parametrize("kind", ["a call each", "decoder"])
+@pytest.mark.parametrize("kind", ["a call each", "graphs"])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_chunked_cached_copied_and_in_company_is_whole_uncached_and_alone(kind: str, data: st.DataObject) -> None:
@@ -68,7 +68,7 @@ def test_chunked_cached_copied_and_in_company_is_whole_uncached_and_alone(kind: 
         np.testing.assert_allclose(ends[b], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["a call each", "decoder"])
+@pytest.mark.parametrize("kind", ["a call each", "graphs"])
 @settings(max_examples=20, deadline=None)
 @given(prompts=st.lists(st.lists(st.integers(0, NUM_TOKENS - 1), min_size=1, max_size=8), min_size=2, max_size=6),
        greedy=st.booleans(), seed=st.integers(0, 2**64 - 1))  # fmt: skip

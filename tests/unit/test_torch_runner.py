@@ -31,12 +31,12 @@ def make(device: str = "cpu", **options: Any) -> TorchRunner:
     )
 
 
-@pytest.fixture(params=[*DEVICES, "cpu, decoder"])
+@pytest.fixture(params=[*DEVICES, "cpu, graphs"])
 def runner(request: pytest.FixtureRequest) -> Iterator[TorchRunner]:
-    """On a CPU, on a device, and on a CPU with the decoder that a device has."""
+    """On a CPU, on a device, and on a CPU with the graphs that a device has, not recorded."""
     runner = make(request.param.split(",")[0])
-    if "decoder" in request.param:
-        runner.use_decoder()
+    if "graphs" in request.param:
+        runner.use_graphs()
     yield runner
     runner.close()
 

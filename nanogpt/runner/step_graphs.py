@@ -1,0 +1,136 @@
+"""A step on a CUDA device, all its kernels launched as one.
+
+A step is over a hundred small kernels, and launching them one by one from Python takes ten times as long as they
+compute. So they are recorded when the runner is made, as CUDA graphs, and played. A graph's shapes are fixed: there is
+one for 1, 2, 4, 8, 16 .. tokens, and rows that no sequence needs compute a token in a slot that is nobody's.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from nanogpt.model.gpt import GPT, LayerNorm
+from nanogpt.runner.base import Int32
+
+MOST_TOKENS = 512
+"""The largest step that is recorded. Each of a graph's tokens reads K and V for itself, which long chunks outgrow."""
+_WARM_UPS = 2
+"""Runs before a recording: libraries choose and load their kernels, which cannot be recorded."""
+
+
+class StepGraphs:
+    """``kv`` ``[L, 2, slots, H, T, D]``: the last slot is the one that is nobody's. Used by one thread at a time.
+
+    Everything is recorded at once, so that no memory has to be found later; it takes a second or two.
+    """
+
+    def __init__(self, model: GPT, kv: torch.Tensor) -> None:
+        self._model = model
+        self._kv = kv
+        self._spare = kv.shape[2] - 1
+        on_device = kv.device.type == "cuda"
+        self._kernels = triton_kernels() if on_device else None
+        # Token ids, slots, first positions, positions: one transfer a step, from memory that the device reads by itself.
+        self._host = torch.zeros(4, MOST_TOKENS, dtype=torch.int64, pin_memory=on_device)
+        self._host[1] = self._spare
+        self._inputs = self._host.to(kv.device)
+        self._copied = torch.cuda.Event() if on_device else None
+        self._graphs = self._record() if on_device else []
+
+    def step(self, ids: Int32, slots: Int32, starts: Int32, counts: Int32) -> torch.Tensor:
+        """Write K and V; the hidden states that the head takes, valid until the next step.
+
+        Shapes: ids ``[N]``, the others ``[B]`` → ``[N, C]``.
+        """
+        n = len(ids)
+        if self._copied is not None:
+            self._copied.synchronize()  # a step that samples nothing was not waited for
+        table = self._host.numpy()
+        size, graph, hidden = next((entry for entry in self._graphs if entry[0] >= n), (n, None, None))
+        firsts = np.cumsum(counts) - counts
+        table[0, :n] = ids
+        table[1, :n] = np.repeat(slots, counts)
+        table[2, :n] = np.repeat(starts, counts)
+        table[3, :n] = np.arange(n) - np.repeat(firsts - starts, counts)
+        table[:, n:size] = [[0], [self._spare], [0], [0]]
+        self._inputs.copy_(self._host, non_blocking=True)
+        if self._copied is None or graph is None or hidden is None:
+            return self._layers(n)
+        self._copied.record()
+        graph.replay()
+        return hidden[:n]
+
+    def _record(self) -> list[tuple[int, Any, torch.Tensor]]:
+        """(tokens, graph, its output), from few tokens to many."""
+        recorded: list[tuple[int, Any, torch.Tensor]] = []
+        pool = None
+        # From many tokens to few: a smaller graph finds room in what a larger one took.
+        for size in sorted(_SIZES, reverse=True):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    self._layers(size)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                hidden = self._layers(size)
+            pool = graph.pool()
+            recorded.append((size, graph, hidden))
+        return recorded[::-1]
+
+    def _layers(self, num_tokens: int) -> torch.Tensor:
+        token_ids, slot, start, position = self._inputs[:, :num_tokens]
+        attend = self._kernels.attend if self._kernels else _attend
+        add_norm = self._kernels.add_norm if self._kernels else _add_norm
+        transformer = self._model.transformer
+        blocks = list(transformer.blocks)
+        following = [*(block.ln_1 for block in blocks[1:]), transformer.ln_f]
+        x = transformer.wte(token_ids) + transformer.wpe(position)
+        y = blocks[0].ln_1(x)
+        for block, norm, (keys, values) in zip(blocks, following, self._kv, strict=True):
+            y = block.attn.c_proj(attend(block.attn.c_attn(y), keys, values, slot, start, position))
+            y = block.mlp(add_norm(x, y, block.ln_2))
+            y = add_norm(x, y, norm)
+        return y
+
+
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, MOST_TOKENS)
+
+
+def triton_kernels() -> ModuleType | None:
+    """None without Triton (Windows): PyTorch's kernels then do, with copies of K and V."""
+    try:
+        from nanogpt.runner import triton_kernels
+    except ImportError:
+        return None
+    return triton_kernels
+
+
+def _attend(
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slot: torch.Tensor,
+    start: torch.Tensor,  # noqa: ARG001: PyTorch's kernels run one after another, so that all K and V are there
+    position: torch.Tensor,
+) -> torch.Tensor:
+    """``triton_kernels.attend`` in PyTorch."""
+    q, k, v = qkv.view(len(qkv), 3, keys.shape[1], keys.shape[3]).unbind(1)
+    keys[slot, :, position] = k
+    values[slot, :, position] = v
+    visible = torch.arange(keys.shape[2], device=qkv.device) <= position[:, None]
+    y = F.scaled_dot_product_attention(q[:, :, None], keys[slot], values[slot], attn_mask=visible[:, None, None])
+    return y.flatten(1)
+
+
+def _add_norm(x: torch.Tensor, y: torch.Tensor, norm: LayerNorm) -> torch.Tensor:
+    """``triton_kernels.add_norm`` in PyTorch."""
+    x += y
+    normal: torch.Tensor = norm(x)
+    return normal
