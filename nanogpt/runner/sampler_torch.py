@@ -15,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from nanogpt.runner.base import SamplingState
 from nanogpt.runner.philox import uniforms
 from nanogpt.runner.sampler import Row, adjustment, forbidden
 from nanogpt.runner.step_graphs import triton_kernels
+from nanogpt.sampling_params import SamplingParams
 
 
 def sample(logits: torch.Tensor, rows: Sequence[Row], num_tokens: int) -> torch.Tensor:
@@ -25,6 +27,11 @@ def sample(logits: torch.Tensor, rows: Sequence[Row], num_tokens: int) -> torch.
     model = logits[:, :num_tokens]
     logits = _masked(_adjusted(model, rows), rows)
     params = [row.state.params for row in rows]
+    if all(p.greedy for p in params):
+        highest, best = logits.max(dim=1)
+        # A mask may hide what is not finite.
+        finite = highest.isfinite() if logits is model else model.amax(dim=1).isfinite()
+        return torch.where(finite, best, -1)
     table = np.stack(
         [
             [1.0 if p.greedy else p.temperature for p in params],
@@ -37,8 +44,13 @@ def sample(logits: torch.Tensor, rows: Sequence[Row], num_tokens: int) -> torch.
     )
     kernels = triton_kernels() if logits.is_cuda else None
     drawn: torch.Tensor = (kernels.draw if kernels else draw)(logits, upload(table, logits.device))
-    # A mask may hide what is not finite.
     return drawn if logits is model else torch.where(model.amax(dim=1).isfinite(), drawn, -1)
+
+
+def warm_up(device: torch.device, num_tokens: int) -> None:
+    """Compile what a draw needs, so that no request waits for that."""
+    row = Row(0, 0, SamplingState(SamplingParams(temperature=1.0), 0, (), []), [])
+    sample(torch.zeros(1, num_tokens, device=device), [row], num_tokens)
 
 
 def draw(logits: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

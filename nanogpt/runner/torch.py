@@ -71,6 +71,7 @@ class TorchRunner:
             # cuDNN's attention plans anew for every length of K: 40 ms for each token of a text. Flash attention does not.
             torch.backends.cuda.enable_cudnn_sdp(False)
             self.use_graphs()
+            sampler_torch.warm_up(self._device, self.config.num_tokens)
 
     def _allocate(self) -> torch.Tensor:
         """K and V, all zero: stale numbers under a mask do no harm, NaN would. Shapes: ``[L, 2, slots, H, T, D]``.

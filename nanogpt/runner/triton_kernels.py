@@ -11,14 +11,13 @@ import triton.language as tl
 
 from nanogpt.model.gpt import LayerNorm
 
-_BLOCK_T = 128
-"""Positions that attention reads at once: 32 kB of K and V of a GPT-2's head."""
-_ATTEND_WARPS = 8
+# Sizes that were the fastest on an H100 (docs/decisions.md).
+_BLOCK_T = 64
+"""Positions that attention reads at once: 16 kB of K and V of a GPT-2's head."""
 _BLOCK_V = 4096
 """Logits that the sampler reads at once, and the largest top_k that it has a short cut for."""
 _BLOCK_KEPT = 1024
-"""Candidates for a draw that it looks at at once."""
-_DRAW_WARPS = 16
+"""Candidates for a draw that it looks at at once, where there are not many more."""
 
 
 def attend(
@@ -40,7 +39,7 @@ def attend(
     out = torch.empty(rows, width, dtype=qkv.dtype, device=qkv.device)
     _attend[rows, num_heads](
         qkv, keys, values, out, slot, start, position, head_size**-0.5, width, keys.stride(0), keys.stride(1),
-        D=head_size, BLOCK_D=triton.next_power_of_2(head_size), BLOCK_T=_BLOCK_T, num_warps=_ATTEND_WARPS,
+        D=head_size, BLOCK_D=triton.next_power_of_2(head_size), BLOCK_T=_BLOCK_T, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -69,7 +68,7 @@ def draw(logits: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     weights = torch.empty(rows, num_tokens, dtype=torch.float32, device=logits.device)
     _draw[rows,](
         logits, table, out, ids, weights, rows, num_tokens, logits.stride(0),
-        BLOCK=_BLOCK_V, KEPT=_BLOCK_KEPT, num_warps=_DRAW_WARPS,
+        BLOCK=_BLOCK_V, KEPT=_BLOCK_KEPT, num_warps=8,
     )  # fmt: skip
     return out
 
@@ -149,7 +148,8 @@ def _key(x):
     return tl.where((bits >> 31) > 0, ~bits, bits | (tl.full([], 1, tl.uint32) << 31))
 
 
-@triton.jit
+# Compiled once, whatever the number of rows: the first request of a kind must not wait for a compiler.
+@triton.jit(do_not_specialize=["rows", "num_tokens", "stride"])
 def _draw(logits, table, out, ids, weights, rows, num_tokens, stride, BLOCK: tl.constexpr, KEPT: tl.constexpr):
     """One program a row. Thresholds (the k-th largest, the nucleus) are found bit by bit, from the highest down."""
     row = tl.program_id(0)
@@ -174,7 +174,7 @@ def _draw(logits, table, out, ids, weights, rows, num_tokens, stride, BLOCK: tl.
                 best = tl.minimum(best, tl.where(x == highest, first + lane, 2147483647))
             token = tl.min(best, 0)
         else:
-            temperature = tl.load(table + row).to(tl.float32)
+            temperature = tl.load(table + row)
             top_k = tl.load(table + rows + row).to(tl.int32)
             top_p = tl.load(table + 2 * rows + row)
             min_p = tl.load(table + 3 * rows + row)
@@ -194,15 +194,18 @@ def _draw(logits, table, out, ids, weights, rows, num_tokens, stride, BLOCK: tl.
                 tl.store(weights + place, x, mask=take)
                 kept += tl.sum(take.to(tl.int32), 0)
             tl.debug_barrier()
-            token = _draw_kept(ids, weights, kept, highest, temperature, top_k, top_p, min_p,
-                               tl.load(table + 5 * rows + row), KEPT)  # fmt: skip
+            random = tl.load(table + 5 * rows + row)
+            if kept <= KEPT:
+                token = _draw_kept(ids, weights, kept, highest, temperature, top_k, top_p, min_p, random, KEPT)
+            else:
+                token = _draw_kept(ids, weights, kept, highest, temperature, top_k, top_p, min_p, random, BLOCK)
     tl.store(out + row, token.to(tl.int64))
 
 
 @triton.jit
-def _draw_kept(ids, weights, kept, highest, temperature, top_k, top_p, min_p, random, KEPT: tl.constexpr):
+def _draw_kept(ids, weights, kept, highest, temperature, top_k, top_p, min_p, random, BLOCK: tl.constexpr):
     """Draw one of the candidates, whose logits lie in ``weights`` in the order of their ids."""
-    lane = tl.arange(0, KEPT)
+    lane = tl.arange(0, BLOCK)
     one = tl.full([], 1, tl.uint32)
     # Exactly top_k: what is above the k-th largest, and of its equals the first ones.
     kth = tl.full([], 0, tl.uint32)
@@ -210,51 +213,53 @@ def _draw_kept(ids, weights, kept, highest, temperature, top_k, top_p, min_p, ra
     if top_k < kept:
         for i in range(32):
             trial = kth | (one << (31 - i))
-            count = 0
-            for first in range(0, kept, KEPT):
+            count = tl.zeros([BLOCK], tl.int32)
+            for first in range(0, kept, BLOCK):
                 x = tl.load(weights + first + lane, mask=first + lane < kept, other=float("-inf"))
-                count += tl.sum(((first + lane < kept) & (_key(x) >= trial)).to(tl.int32), 0)
-            kth = tl.where(count >= top_k, trial, kth)
-        room = top_k
-        for first in range(0, kept, KEPT):
+                count += ((first + lane < kept) & (_key(x) >= trial)).to(tl.int32)
+            kth = tl.where(tl.sum(count, 0) >= top_k, trial, kth)
+        count = tl.zeros([BLOCK], tl.int32)
+        for first in range(0, kept, BLOCK):
             x = tl.load(weights + first + lane, mask=first + lane < kept, other=float("-inf"))
-            room -= tl.sum(((first + lane < kept) & (_key(x) > kth)).to(tl.int32), 0)
+            count += ((first + lane < kept) & (_key(x) > kth)).to(tl.int32)
+        room = top_k - tl.sum(count, 0)
         tl.debug_barrier()
-    total = tl.full([], 0.0, tl.float64)
+    sums = tl.zeros([BLOCK], tl.float64)
     equals = 0
-    for first in range(0, kept, KEPT):
+    for first in range(0, kept, BLOCK):
         inside = first + lane < kept
         x = tl.load(weights + first + lane, mask=inside, other=float("-inf"))
         equal = (inside & (_key(x) == kth)).to(tl.int32)
         takes = inside & ((_key(x) > kth) | ((equal > 0) & (equals + tl.cumsum(equal, 0) <= room)))
-        w = tl.where(takes, tl.exp((x - highest) / temperature), 0.0)
+        # Divided in float64: no temperature, however small, is zero there.
+        w = tl.where(takes, tl.exp(((x - highest).to(tl.float64) / temperature).to(tl.float32)), 0.0)
         tl.store(weights + first + lane, w, mask=inside)
-        total += tl.sum(w.to(tl.float64), 0)
+        sums += w.to(tl.float64)
         equals += tl.sum(equal, 0)
     tl.debug_barrier()
 
-    # The nucleus: the largest weight for which those not below it reach their share, and of its equals as many as it takes.
+    # The nucleus: the largest weight for which those not below it reach their share, and of its equals what it takes.
     least = tl.full([], 0, tl.uint32)
     few = kept
     if top_p < 1.0:
-        goal = top_p * total
+        goal = top_p * tl.sum(sums, 0)
         for i in range(30):  # weights are 1 at most: the two highest bits are never set
             trial = least | (one << (29 - i))
-            reached = tl.full([], 0.0, tl.float64)
-            for first in range(0, kept, KEPT):
+            sums = tl.zeros([BLOCK], tl.float64)
+            for first in range(0, kept, BLOCK):
                 w = tl.load(weights + first + lane, mask=first + lane < kept, other=0.0)
-                reached += tl.sum(tl.where(w.to(tl.uint32, bitcast=True) >= trial, w, 0.0).to(tl.float64), 0)
-            least = tl.where(reached >= goal, trial, least)
-        above = tl.full([], 0.0, tl.float64)
-        for first in range(0, kept, KEPT):
+                sums += tl.where(w.to(tl.uint32, bitcast=True) >= trial, w, 0.0).to(tl.float64)
+            least = tl.where(tl.sum(sums, 0) >= goal, trial, least)
+        sums = tl.zeros([BLOCK], tl.float64)
+        for first in range(0, kept, BLOCK):
             w = tl.load(weights + first + lane, mask=first + lane < kept, other=0.0)
-            above += tl.sum(tl.where(w.to(tl.uint32, bitcast=True) > least, w, 0.0).to(tl.float64), 0)
+            sums += tl.where(w.to(tl.uint32, bitcast=True) > least, w, 0.0).to(tl.float64)
         each = least.to(tl.float32, bitcast=True).to(tl.float64)
-        few = tl.where(each > 0.0, tl.maximum(tl.ceil((goal - above) / each), 1.0), 0.0).to(tl.int32)
+        few = tl.where(each > 0.0, tl.maximum(tl.ceil((goal - tl.sum(sums, 0)) / each), 1.0), 0.0).to(tl.int32)
         tl.debug_barrier()
-    total = tl.full([], 0.0, tl.float64)
+    sums = tl.zeros([BLOCK], tl.float64)
     equals = 0
-    for first in range(0, kept, KEPT):
+    for first in range(0, kept, BLOCK):
         inside = first + lane < kept
         w = tl.load(weights + first + lane, mask=inside, other=0.0)
         key = w.to(tl.uint32, bitcast=True)
@@ -262,16 +267,16 @@ def _draw_kept(ids, weights, kept, highest, temperature, top_k, top_p, min_p, ra
         takes = inside & ((key > least) | ((equal > 0) & (equals + tl.cumsum(equal, 0) <= few)))
         w = tl.where(takes & (w.to(tl.float64) >= min_p), w, 0.0)
         tl.store(weights + first + lane, w, mask=inside)
-        total += tl.sum(w.to(tl.float64), 0)
+        sums += w.to(tl.float64)
         equals += tl.sum(equal, 0)
     tl.debug_barrier()
 
     # The first candidate at which the sum of the weights exceeds the random number's share of their total.
-    target = random * total
+    target = random * tl.sum(sums, 0)
     drawn = 2147483647
     last = 0
     before = tl.full([], 0.0, tl.float64)
-    for first in range(0, kept, KEPT):
+    for first in range(0, kept, BLOCK):
         w = tl.load(weights + first + lane, mask=first + lane < kept, other=0.0).to(tl.float64)
         reached = before + tl.cumsum(w, 0)
         drawn = tl.minimum(drawn, tl.min(tl.where((w > 0.0) & (reached > target), first + lane, 2147483647), 0))
