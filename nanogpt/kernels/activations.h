@@ -11,13 +11,26 @@ namespace {
 // instead of 93 no text's loss was smaller, and AVX2 had to set more than ten times as many aside (activations_avx2.h).
 constexpr int kMostQ = 93;
 enum class ActFormat {
-  kBytes,   // q
-  kShorts,  // q << e as int16
-  kPlanes,  // q << e as two planes of int8: AMX
-  kPairs,   // q as AVX2 multiplies them: activations_avx2.h
+  kBytes,      // q
+  kShorts,     // q << e as int16
+  kPairs,      // q as AVX2 multiplies them: activations_avx2.h
+  kTiles,      // q << e in tiles of AMX: 16 rows x 64 inputs, of each group one with the high and one with the low bytes
+  kByteTiles,  // q in tiles of AMX, each followed by one that holds a TileInfo for each row
+};
+constexpr int kTileRows = 16;
+constexpr size_t kTileBytes = kTileRows * kGroup;
+
+// Where row r begins. A tile format's blocks of 16 rows lie as far from each other as 16 rows of another do.
+NG_INLINE uint8_t* row_at(uint8_t* act, size_t stride, ActFormat format, int r) {
+  const bool tiles = format == ActFormat::kTiles || format == ActFormat::kByteTiles;
+  return tiles ? act + r / kTileRows * kTileRows * stride + r % kTileRows * kGroup : act + r * stride;
+}
+struct TileInfo {
+  float power;    // 2^e
+  int32_t eight;  // 8 times the sum of q
 };
 
-// All formats but pairs: 2 * k_pad bytes for the values, then this for every group.
+// Bytes and shorts: 2 * k_pad bytes for the values, then this for every group.
 struct GroupInfo {
   int32_t exponent;
   int32_t sum;  // of q
@@ -86,15 +99,22 @@ struct PlainRow {
     each<4>(NG_BODY(j) {
       const int i = g * kGroup + j * 16;
       total = total + q[j];
-      if (format == ActFormat::kPlanes)
-        put_planes(row, n_pad, i, shift_left(q[j], exponent));
+      if (format == ActFormat::kTiles)
+        put_planes(row + 2 * kTileBytes * g, kTileBytes, j * 16, shift_left(q[j], exponent));
+      else if (format == ActFormat::kByteTiles)
+        store_bytes(row + 2 * kTileBytes * g + j * 16, q[j]);
       else if (format == ActFormat::kBytes)
         store_bytes(row + i, q[j]);
       else
         store_shorts(row + 2 * i, shift_left(q[j], exponent));
     });
     const GroupInfo info{exponent, sum(total)};
-    std::memcpy(row + 2 * size_t(n_pad) + g * sizeof info, &info, sizeof info);
+    if (format == ActFormat::kByteTiles) {
+      const TileInfo tile{float(1 << exponent), 8 * info.sum};
+      std::memcpy(row + 2 * kTileBytes * g + kTileBytes, &tile, sizeof tile);
+    } else if (format != ActFormat::kTiles) {
+      std::memcpy(row + 2 * size_t(n_pad) + g * sizeof info, &info, sizeof info);
+    }
     sum_of_all += uint32_t(info.sum) << exponent;
   }
   // The sum of those activations whose products hold 128 times them too much.

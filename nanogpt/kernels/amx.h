@@ -1,8 +1,11 @@
 // The matrix product on AMX tiles, for batches of several rows (a single row is bound by memory and goes by VNNI).
 //
-// A tile of weights is 16 groups of four inputs x 16 columns: 1 KB of a panel as it lies in memory. A tile of activations
-// is 16 rows x 64 inputs of one plane (dot.h: a = 256 high + low). Eight tiles: two panels x {high, low} sums, two of
-// weights, two of activations. Each pair of loads feeds two products, and sums leave the tiles once a row block.
+// A tile of weights is 16 groups of four inputs x 16 columns: 1 KB of a panel as it lies in memory, or of an int4 panel
+// as it is unpacked. A tile of activations is 16 rows x 64 inputs.
+//
+// int8: two tiles of activations, a = 256 high + low (activations.h). Eight tiles: two panels x {high, low} sums, two of
+// weights, two of activations. Each pair of loads feeds two products, and sums leave the tiles once a block of rows.
+// int4: every group of 64 inputs has its own scale, so that its sums leave the tiles and are joined in vectors.
 #pragma once
 
 #include "dot.h"
@@ -19,7 +22,7 @@ namespace nanogpt {
 namespace {
 
 constexpr int kAmxRows = 5;
-constexpr int kTileRows = 16;
+constexpr int kAmxMostRows = 256;  // rows whose activations stay in the L2 cache while the weights pass by
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -43,44 +46,141 @@ struct AmxTiles {
   }
 };
 
-// Calls done(sums, row, count, panel, panels) for blocks of up to 16 rows x 1 or 2 panels; `sums` has 32 columns.
-// Reads activations of whole blocks of 16 rows: the buffer goes on past the last row.
+// A block of products: rows r .. r + 16, one panel or two. `panels` 0: there is none.
+struct TileBlock {
+  int r = 0, panel = 0, panels = 0;
+};
+struct TileSums {
+  alignas(64) int32_t high[2][kTileRows * kLanes], low[2][kTileRows * kLanes];
+};
+
+// int8. Calls done(sums, block, i0, i1) for rows i0 .. i1 of each block, when the next one's products are under way: the
+// tiles and the vector units work at the same time. `a` is in tiles.
 template <class Done>
-NG_INLINE void amx_matmul(const Matrix& m, const uint8_t* a, size_t a_stride, const int32_t* offsets, int rows,
-                          int first, int last, const Done& done) {
-  alignas(64) int32_t high[2][kTileRows * kLanes], low[2][kTileRows * kLanes], sums[kTileRows * 2 * kLanes];
-  const int steps = m.k_pad / kDepth;
+NG_INLINE void amx_matmul(const Matrix& m, const uint8_t* a, size_t a_stride, int rows, int first, int last,
+                          const Done& done) {
+  TileSums sums[2];
+  TileBlock before;
+  int turn = 0;
+  const int steps = m.k_pad / kDepth, blocks = (rows + kTileRows - 1) / kTileRows;
+  // Each block fetches its part of the next two panels, which are two lines of 16 for each step of a block.
+  constexpr int kLines = 2 * kTileRows;
+  const int lines = (kLines + blocks - 1) / blocks;
   for (int p = first; p < last; p += 2) {
     const int panels = last - p < 2 ? 1 : 2;
     const uint8_t* w0 = m.data + size_t(p) * m.panel_bytes;
     const uint8_t* w1 = panels == 2 ? w0 + m.panel_bytes : w0;
-    for (int r = 0; r < rows; r += kTileRows) {
-      const uint8_t* x = a + r * a_stride;
+    for (int b = 0; b < blocks; b++) {
+      const uint8_t* x = a + b * kTileRows * a_stride;
+      Ahead ahead{w1 + m.panel_bytes + size_t(b) * lines * 64 * steps, b * lines < kLines ? lines : 0};
       NG_TILE_ZERO(0);
       NG_TILE_ZERO(1);
       NG_TILE_ZERO(2);
       NG_TILE_ZERO(3);
-      for (int k = 0; k < steps; k++) {
+      for (int k = 0; k < steps; k++, x += 2 * kTileBytes) {
         NG_TILE_LOAD(4, w0 + size_t(1024) * k, 64);
-        NG_TILE_LOAD(6, x + size_t(64) * k, a_stride);
-        NG_TILE_LOAD(7, x + m.k_pad + size_t(64) * k, a_stride);
+        NG_TILE_LOAD(6, x, 64);
+        NG_TILE_LOAD(7, x + kTileBytes, 64);
         NG_TILE_DOT(0, 6, 4);
         NG_TILE_DOT(1, 7, 4);
         NG_TILE_LOAD(5, w1 + size_t(1024) * k, 64);
         NG_TILE_DOT(2, 6, 5);
         NG_TILE_DOT(3, 7, 5);
+        for (int i = 0; i < ahead.lines; i++, ahead.next += 64) prefetch(ahead.next);
+        done(sums[turn ^ 1], before, kTileRows * k / steps, kTileRows * (k + 1) / steps);
       }
-      NG_TILE_STORE(0, high[0], 64);
-      NG_TILE_STORE(1, low[0], 64);
-      NG_TILE_STORE(2, high[1], 64);
-      NG_TILE_STORE(3, low[1], 64);
-      const int count = rows - r < kTileRows ? rows - r : kTileRows;
-      for (int i = 0; i < count; i++)
-        for (int half = 0; half < panels; half++)
-          store(sums + (2 * i + half) * kLanes, shift_left(load(high[half] + i * kLanes), 8) +
-                                                    load(low[half] + i * kLanes) - splat(offsets[r + i]));
-      done(sums, r, count, p, panels);
+      NG_TILE_STORE(0, sums[turn].high[0], 64);
+      NG_TILE_STORE(1, sums[turn].low[0], 64);
+      NG_TILE_STORE(2, sums[turn].high[1], 64);
+      NG_TILE_STORE(3, sums[turn].low[1], 64);
+      before = {b * kTileRows, p, panels};
+      turn ^= 1;
     }
+  }
+  done(sums[turn ^ 1], before, 0, kTileRows);
+}
+
+// An int4 panel's groups [g0, g0 + n) as tiles of unsigned bytes w + 8.
+inline void unpack_i4(const uint8_t* panel, int g0, int n, uint8_t* tiles) {
+  for (int g = g0; g < g0 + n; g++, tiles += 1024) {
+    const uint8_t* w = panel + size_t(g) * kGroupBytes;
+    for (int i = 0; i < 512; i++) {
+      tiles[i] = w[i] & 15;
+      tiles[512 + i] = w[i] >> 4;
+    }
+  }
+}
+
+// Products of 16 rows with up to four groups, a tile each, to sums.
+NG_INLINE void amx_four_groups(const uint8_t* x, const uint8_t* tiles, int n, int32_t (*sums)[kTileRows * kLanes]) {
+#define NG_ONE_GROUP(j, acc, x_tile, w_tile)                 \
+  if (j < n) {                                               \
+    NG_TILE_ZERO(acc);                                       \
+    NG_TILE_LOAD(x_tile, x + 2 * kTileBytes * j, 64);        \
+    NG_TILE_LOAD(w_tile, tiles + 1024 * j, 64);              \
+    NG_TILE_DOT(acc, x_tile, w_tile);                        \
+    NG_TILE_STORE(acc, sums[j], 64);                         \
+  }
+  NG_ONE_GROUP(0, 0, 4, 6)
+  NG_ONE_GROUP(1, 1, 5, 7)
+  NG_ONE_GROUP(2, 2, 4, 6)
+  NG_ONE_GROUP(3, 3, 5, 7)
+#undef NG_ONE_GROUP
+}
+
+// What dot_i4 does with a group's sums, for R rows and n groups.
+template <int R>
+NG_INLINE void add_groups(const int32_t (*sums)[kTileRows * kLanes], const uint8_t* x, const uint8_t* w, int n,
+                          F32 (&total)[R]) {
+  for (int j = 0; j < n; j++, x += 2 * kTileBytes, w += kGroupBytes) {
+    const F32 scale = load_bf16(w + 512);
+    each<R>(NG_BODY(r) {
+      TileInfo info;
+      std::memcpy(&info, x + kTileBytes + r * kGroup, sizeof info);
+      // 2^e times the scale is the same as the sum shifted by e: neither rounds.
+      const F32 s = to_float(load(sums[j] + r * kLanes) - splat(info.eight));
+      total[r] = fma(s, scale * splat(info.power), total[r]);
+    });
+  }
+}
+
+// R rows of a block with groups [g0, g0 + n): the tiles are one set of groups ahead of the vector units.
+template <int R>
+NG_INLINE void amx_block_i4(const uint8_t* x, const uint8_t* w, const uint8_t* tiles, int n, bool add, float* totals) {
+  alignas(64) int32_t sums[2][4][kTileRows * kLanes];
+  F32 total[R];
+  each<R>(NG_BODY(r) { total[r] = add ? load(totals + r * kLanes) : splat(0.0f); });
+  amx_four_groups(x, tiles, n, sums[0]);
+  for (int g = 0, turn = 0; g < n; g += 4, turn ^= 1) {
+    const int next = g + 4;
+    if (next < n) amx_four_groups(x + 2 * kTileBytes * next, tiles + 1024 * next, n - next, sums[turn ^ 1]);
+    add_groups<R>(sums[turn], x + 2 * kTileBytes * g, w + kGroupBytes * g, n - g < 4 ? n - g : 4, total);
+  }
+  each<R>(NG_BODY(r) { store(totals + r * kLanes, total[r]); });
+}
+
+// int4, for up to kAmxMostRows rows in tiles of bytes. Calls done(totals, r, panel) with 16 x 16 floats for each block.
+template <class Done>
+NG_INLINE void amx_matmul_i4(const Matrix& m, const uint8_t* a, size_t a_stride, int rows, int first, int last,
+                             const Done& done) {
+  constexpr int kUnpacked = 16;  // groups: 16 KB, which stay in the L1 cache for all rows
+  alignas(64) uint8_t tiles[kUnpacked * 1024];
+  alignas(64) float totals[kAmxMostRows / kTileRows][kTileRows * kLanes];
+  const int groups = m.k_pad / kGroup;
+  for (int p = first; p < last; p++) {
+    const uint8_t* panel = m.data + size_t(p) * m.panel_bytes;
+    for (int g0 = 0; g0 < groups; g0 += kUnpacked) {
+      const int n = groups - g0 < kUnpacked ? groups - g0 : kUnpacked;
+      unpack_i4(panel, g0, n, tiles);
+      for (int r = 0; r < rows; r += kTileRows) {
+        const uint8_t *x = a + r * a_stride + 2 * kTileBytes * g0, *w = panel + kGroupBytes * g0;
+        if (rows - r > 8)
+          amx_block_i4<16>(x, w, tiles, n, g0 > 0, totals[r / kTileRows]);
+        else
+          amx_block_i4<8>(x, w, tiles, n, g0 > 0, totals[r / kTileRows]);
+      }
+    }
+    for (int r = 0; r < rows; r += kTileRows) done(totals[r / kTileRows], r, p);
   }
 }
 

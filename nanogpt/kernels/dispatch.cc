@@ -35,7 +35,7 @@ bool has_avx512vnni() {
 #if defined(NANOGPT_HAVE_AMX)
 bool has_amx() {
 #if defined(NANOGPT_EMULATED_AMX)
-  return has_avx512vnni();
+  return true;
 #else
   unsigned a = 7, b = 0, c = 0, d = 0;
   __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));

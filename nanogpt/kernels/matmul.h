@@ -34,7 +34,7 @@ template <class Make>
 NG_INLINE void prepare(const Matrix& m, int first, int last, ActFormat format, uint8_t* act, size_t stride, float* scale,
                        int32_t* offset, float* floats, const Make& make) {
   for (int r = first; r < last; r++) {
-    uint8_t* to = act + r * stride;
+    uint8_t* to = row_at(act, stride, format, r);
     if (m.kind == Kind::kF32) {
       const float* x = make(r, reinterpret_cast<float*>(to));
       if (x != reinterpret_cast<float*>(to)) std::memcpy(to, x, sizeof(float) * round_up(m.k, 16));
@@ -47,6 +47,13 @@ NG_INLINE void prepare(const Matrix& m, int first, int last, ActFormat format, u
 
 enum class Then { kStore, kAdd, kGeluTanh, kGeluErf };
 
+NG_INLINE void put_output(F32 y, float* to, Then then) {
+  if (then == Then::kAdd) y = load(to) + y;
+  if (then == Then::kGeluTanh) y = gelu_tanh(y);
+  if (then == Then::kGeluErf) y = gelu_erf(y);
+  store(to, y);
+}
+
 // What follows a product, for R rows and `width` columns of int32 (or float) sums.
 NG_INLINE void finish(const Matrix& m, const int32_t* sums, int ld, int rows, int col, int width, const float* scale,
                       float* out, size_t ldo, Then then) {
@@ -56,15 +63,28 @@ NG_INLINE void finish(const Matrix& m, const int32_t* sums, int ld, int rows, in
     for (int r = 0; r < rows; r++) {
       const int32_t* from = sums + r * ld + c;
       const F32 s = m.kind == Kind::kI8 ? to_float(load(from)) : from_bits(load(from));
-      F32 y = fma(s, m.kind == Kind::kF32 ? splat(1.0f) : w_scale * splat(scale[r]), bias);
-      float* o = out + r * ldo + col + c;
-      if (then == Then::kAdd) y = load(o) + y;
-      if (then == Then::kGeluTanh) y = gelu_tanh(y);
-      if (then == Then::kGeluErf) y = gelu_erf(y);
-      store(o, y);
+      put_output(fma(s, m.kind == Kind::kF32 ? splat(1.0f) : w_scale * splat(scale[r]), bias),
+                 out + r * ldo + col + c, then);
     }
   }
 }
+
+#if defined(NANOGPT_AMX)
+// The same for rows i0 .. i1 of a block of int8 sums in tiles; `out`, `scale` and `offset` are those of row 0.
+NG_INLINE void finish_tiles(const Matrix& m, const TileSums& sums, const TileBlock& block, int i0, int i1,
+                            const Act& act, float* out, size_t ldo, Then then) {
+  for (int half = 0; half < block.panels; half++) {
+    const int col = (block.panel + half) * kLanes;
+    const F32 bias = load(m.bias + col), w_scale = load(m.scale + col);
+    for (int i = i0; i < i1; i++) {
+      const int r = block.r + i;
+      const I32 s = shift_left(load(sums.high[half] + i * kLanes), 8) + load(sums.low[half] + i * kLanes) -
+                    splat(act.offset[r]);
+      put_output(fma(to_float(s), w_scale * splat(act.scale[r]), bias), out + r * ldo + col, then);
+    }
+  }
+}
+#endif
 
 // `rows` (1 .. kMaxRows) x `panels` (1, or kPanelsAtOnce and its half) to sums, with the count of rows made a constant.
 template <int P, int R = kMaxRows>
@@ -88,12 +108,19 @@ NG_INLINE void dot_rows(int rows, const Matrix& m, const uint8_t* a, size_t a_st
 inline void matmul_part(const Matrix& m, const Act& act, int r0, int n, int first, int last, float* out, size_t ldo,
                         Then then) {
 #if defined(NANOGPT_AMX)
-  if (act.format == ActFormat::kPlanes) {
-    amx_matmul(m, act.data + r0 * act.stride, act.stride, act.offset + r0, n, first, last,
-               [&](const int32_t* sums, int r, int count, int panel, int panels) {
-                 finish(m, sums, 2 * kLanes, count, panel * kLanes, panels * kLanes, act.scale + r0 + r,
-                        out + (r0 + r) * ldo, ldo, then);
-               });
+  const uint8_t* tiles = act.data + r0 * act.stride;
+  if (act.format == ActFormat::kTiles) {
+    const Act part{tiles, act.stride, act.scale + r0, act.offset + r0, act.format};
+    amx_matmul(m, tiles, act.stride, n, first, last, [&](const TileSums& sums, const TileBlock& block, int i0, int i1) {
+      finish_tiles(m, sums, block, i0, imin(i1, n - block.r), part, out + r0 * ldo, ldo, then);
+    });
+    return;
+  }
+  if (act.format == ActFormat::kByteTiles) {
+    amx_matmul_i4(m, tiles, act.stride, n, first, last, [&](const float* totals, int r, int panel) {
+      finish(m, reinterpret_cast<const int32_t*>(totals), kLanes, imin(kTileRows, n - r), panel * kLanes, kLanes,
+             act.scale + r0 + r, out + (r0 + r) * ldo, ldo, then);
+    });
     return;
   }
 #endif
@@ -130,8 +157,12 @@ NG_INLINE void matmul(const Step& s, Cursor& cursor, const Matrix& m, int rows, 
   float* scale = own ? scratch.act_scale : s.act_scale;
   int32_t* offset = own ? scratch.act_offset : s.act_offset;
   ActFormat format = m.kind == Kind::kI4 ? kInt4Input : kInt8Input;
+  int unit = 1;  // rows that cannot be divided
 #if defined(NANOGPT_AMX)
-  if (rows >= kAmxRows && m.kind == Kind::kI8) format = ActFormat::kPlanes;
+  if (rows >= kAmxRows && m.kind != Kind::kF32) {
+    format = m.kind == Kind::kI8 ? ActFormat::kTiles : ActFormat::kByteTiles;
+    unit = kTileRows;
+  }
 #endif
   const Act act{own ? scratch.act : s.act, s.act_stride, scale, offset, format};
   if (!own) {
@@ -142,8 +173,11 @@ NG_INLINE void matmul(const Step& s, Cursor& cursor, const Matrix& m, int rows, 
     });
   }
   // Rows go in blocks whose activations stay in the L2 cache while the weights pass by.
-  const int block = imin(rows, int(round_up<size_t>(1 + kBlockBytes / (2 * size_t(m.k_pad)), kMaxRows)));
-  const int blocks = (rows + block - 1) / block, panels = m.num_panels();
+  int block = imin(rows, int(round_up<size_t>(1 + kBlockBytes / (2 * size_t(m.k_pad)), kMaxRows)));
+#if defined(NANOGPT_AMX)
+  if (unit > 1) block = imin(block, kAmxMostRows - kTileRows);  // a block may get a unit more than its share
+#endif
+  const int blocks = (rows + block - 1) / block, units = (rows + unit - 1) / unit, panels = m.num_panels();
   // Chunks of whole groups of panels: fine enough for a thread that falls behind to be helped, and even.
   const int strips = imin((panels + 3) / 4, imax(1, (rows > 8 ? 8 : 4) * s.team->size() / blocks));
   const auto strip_begin = [&](int i) { return i == strips ? panels : panels * i / strips / 4 * 4; };
@@ -151,7 +185,8 @@ NG_INLINE void matmul(const Step& s, Cursor& cursor, const Matrix& m, int rows, 
   phase(s, cursor, blocks * strips, [&](int chunk) {
     if (!prepared) prepare(m, 0, rows, format, scratch.act, s.act_stride, scale, offset, scratch.row, make);
     prepared = true;
-    const int r0 = rows * (chunk / strips) / blocks, r1 = rows * (chunk / strips + 1) / blocks;
+    const int r0 = units * (chunk / strips) / blocks * unit;
+    const int r1 = imin(rows, units * (chunk / strips + 1) / blocks * unit);
     matmul_part(m, act, r0, r1 - r0, strip_begin(chunk % strips), strip_begin(chunk % strips + 1), out, ldo, then);
   });
 }
