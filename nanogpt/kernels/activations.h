@@ -79,11 +79,24 @@ NG_INLINE void put_planes(uint8_t* row, int plane, int i, const I32& a) {
   store_bytes(row + i, shift_right_signed(a + splat(int32_t(128)), 8));
   store_bytes(row + plane + i, a);
 }
-NG_INLINE void put(uint8_t* row, int plane, int i, const I32& a) {
+// Where a row of 15-bit values lies: groups of 64 at a distance, as two planes where bytes are multiplied.
+struct Row15 {
+  uint8_t* at;
+  size_t group;
+  int plane;
+};
+// Row r of a buffer, of n_pad values, or in tiles of AMX as a matrix's input is.
+NG_INLINE Row15 row_15(uint8_t* act, int r, size_t stride, int n_pad, bool tiles) {
+  return tiles ? Row15{act + r * kGroup, 2 * kTileBytes, int(kTileBytes)} : Row15{act + r * stride, kGroup, n_pad};
+}
+NG_INLINE void put(const Row15& row, int i, const I32& a) {
+#if defined(NANOGPT_AMX)
+  if (row.group != kGroup) return put_planes(row.at + i / kGroup * row.group, row.plane, i % kGroup, a);
+#endif
   if (kBytes)
-    put_planes(row, plane, i, a);
+    put_planes(row.at, row.plane, i, a);
   else
-    store_shorts(row + 2 * i, a);
+    store_shorts(row.at + 2 * i, a);
 }
 
 // Writes the groups of a matrix's input to `row` in order, in any format but pairs.

@@ -54,6 +54,58 @@ struct TileSums {
   alignas(64) int32_t high[2][kTileRows * kLanes], low[2][kTileRows * kLanes];
 };
 
+NG_INLINE void store_tiles(TileSums& sums) {
+  NG_TILE_STORE(0, sums.high[0], 64);
+  NG_TILE_STORE(1, sums.low[0], 64);
+  NG_TILE_STORE(2, sums.high[1], 64);
+  NG_TILE_STORE(3, sums.low[1], 64);
+}
+
+// Sums of 16 rows with two panels, left in the tiles. A step is 64 inputs; each_step(k) is called between.
+template <class EachStep>
+NG_INLINE void amx_products(const uint8_t* w0, const uint8_t* w1, size_t w_step, const uint8_t* x, int steps,
+                            const EachStep& each_step) {
+  NG_TILE_ZERO(0);
+  NG_TILE_ZERO(1);
+  NG_TILE_ZERO(2);
+  NG_TILE_ZERO(3);
+  for (int k = 0; k < steps; k++, x += 2 * kTileBytes, w0 += w_step, w1 += w_step) {
+    NG_TILE_LOAD(4, w0, 64);
+    NG_TILE_LOAD(6, x, 64);
+    NG_TILE_LOAD(7, x + kTileBytes, 64);
+    NG_TILE_DOT(0, 6, 4);
+    NG_TILE_DOT(1, 7, 4);
+    NG_TILE_LOAD(5, w1, 64);
+    NG_TILE_DOT(2, 6, 5);
+    NG_TILE_DOT(3, 7, 5);
+    each_step(k);
+  }
+}
+
+NG_INLINE I32 joined(const TileSums& sums, int half, int i, int32_t offset) {
+  return shift_left(load(sums.high[half] + i * kLanes), 8) + load(sums.low[half] + i * kLanes) - splat(offset);
+}
+
+// Attention's products, 15 bits in tiles with K or V. The sums of `rows` rows go to out(p), of `ld` columns, for each of
+// the panels, whose tiles lie at panel(p) and w_step further for every 64 inputs.
+template <class Panel, class Out>
+NG_INLINE void amx_dot_15(const uint8_t* x, int steps, const int32_t* offsets, int rows, int panels, const Panel& panel,
+                          size_t w_step, const Out& out, int ld) {
+  TileSums sums[2];
+  int turn = 0;
+  const auto join = [&](int p, int i0, int i1) {
+    for (int half = 0; half < 2 && p >= 0 && p + half < panels; half++)
+      for (int i = i0; i < i1 && i < rows; i++)
+        store(out(p + half) + size_t(i) * ld, joined(sums[turn ^ 1], half, i, offsets[i]));
+  };
+  for (int p = 0; p < panels; p += 2, turn ^= 1) {
+    amx_products(panel(p), panel(p + 1 < panels ? p + 1 : p), w_step, x, steps,
+                 [&](int k) { join(p - 2, kTileRows * k / steps, kTileRows * (k + 1) / steps); });
+    store_tiles(sums[turn]);
+  }
+  join((panels - 1) / 2 * 2, 0, kTileRows);
+}
+
 // int8. Calls done(sums, block, i0, i1) for rows i0 .. i1 of each block, when the next one's products are under way: the
 // tiles and the vector units work at the same time. `a` is in tiles.
 template <class Done>
@@ -73,26 +125,11 @@ NG_INLINE void amx_matmul(const Matrix& m, const uint8_t* a, size_t a_stride, in
     for (int b = 0; b < blocks; b++) {
       const uint8_t* x = a + b * kTileRows * a_stride;
       Ahead ahead{w1 + m.panel_bytes + size_t(b) * lines * 64 * steps, b * lines < kLines ? lines : 0};
-      NG_TILE_ZERO(0);
-      NG_TILE_ZERO(1);
-      NG_TILE_ZERO(2);
-      NG_TILE_ZERO(3);
-      for (int k = 0; k < steps; k++, x += 2 * kTileBytes) {
-        NG_TILE_LOAD(4, w0 + size_t(1024) * k, 64);
-        NG_TILE_LOAD(6, x, 64);
-        NG_TILE_LOAD(7, x + kTileBytes, 64);
-        NG_TILE_DOT(0, 6, 4);
-        NG_TILE_DOT(1, 7, 4);
-        NG_TILE_LOAD(5, w1 + size_t(1024) * k, 64);
-        NG_TILE_DOT(2, 6, 5);
-        NG_TILE_DOT(3, 7, 5);
+      amx_products(w0, w1, 1024, x, steps, [&](int k) {
         for (int i = 0; i < ahead.lines; i++, ahead.next += 64) prefetch(ahead.next);
         done(sums[turn ^ 1], before, kTileRows * k / steps, kTileRows * (k + 1) / steps);
-      }
-      NG_TILE_STORE(0, sums[turn].high[0], 64);
-      NG_TILE_STORE(1, sums[turn].low[0], 64);
-      NG_TILE_STORE(2, sums[turn].high[1], 64);
-      NG_TILE_STORE(3, sums[turn].low[1], 64);
+      });
+      store_tiles(sums[turn]);
       before = {b * kTileRows, p, panels};
       turn ^= 1;
     }

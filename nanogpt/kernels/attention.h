@@ -4,6 +4,9 @@
 #include "elementwise.h"
 #include "rows.h"
 #include "step.h"
+#if defined(NANOGPT_AMX)
+#include "amx.h"
+#endif
 
 namespace nanogpt {
 namespace {
@@ -118,7 +121,7 @@ NG_INLINE void leaf_values(int rows, const KvGeometry& kv, const uint8_t* p, siz
 // The weights of one row's tokens [0, n): softmax without its division, quantized for the product with V.
 // `scores` holds sums on entry. Returns the factor of the product.
 inline float soft_weights(const Step& s, int slot, int layer, int head, float q_scale, int n, float* scores,
-                          uint8_t* out, int plane, int32_t* offset) {
+                          const Row15& out, int32_t* offset) {
   const KvGeometry& kv = s.kv;
   F32 top = splat(-__builtin_inff());
   for (int t = 0; t < n; t += 16) {
@@ -152,7 +155,7 @@ inline float soft_weights(const Step& s, int slot, int layer, int head, float q_
   }
   const float denominator = sum(total);
   if (kv.f32) {
-    std::memcpy(out, scores, sizeof(float) * round_up(n, 16));
+    std::memcpy(out.at, scores, sizeof(float) * round_up(n, 16));
     return 1.0f / denominator;
   }
   // n * limit * 127 < 2^31: the product with V is exact however long the context is.
@@ -163,7 +166,7 @@ inline float soft_weights(const Step& s, int slot, int layer, int head, float q_
   for (int t = 0; t < n; t += 16) {
     const I32 a = round_to_int(load(scores + t) * inverse);
     weights = weights + a;
-    put(out, plane, t, a);
+    put(out, t, a);
   }
   *offset = int32_t(uint32_t(sum(weights)) * 128u);
   return some ? highest_weight / limit / denominator : 0.0f;
@@ -177,20 +180,27 @@ inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch)
   const size_t q_stride = size_t(q_plane) * element, p_stride = size_t(p_plane) * element;
   const int ld = p_plane;
   const float root = 1.0f / __builtin_sqrtf(float(kv.d));
+#if defined(NANOGPT_AMX)
+  const bool tiles = !kv.f32 && task.row1 - task.row0 >= kAmxRows;
+  const int at_once = tiles ? kTileRows : kMaxRows;
+#else
+  constexpr bool tiles = false;
+  constexpr int at_once = kMaxRows;
+#endif
   for (int head = task.head0; head < task.head1; head++) {
     if (!span.kv_first)
       for (int row = span.row0; row < span.row0 + span.n; row++) write_kv(s, layer, row, head);
-    for (int row0 = task.row0; row0 < task.row1; row0 += kMaxRows) {
-      const int rows = imin(kMaxRows, task.row1 - row0);
-      float q_scale[kMaxRows];
-      int32_t offsets[kMaxRows] = {};
+    for (int row0 = task.row0; row0 < task.row1; row0 += at_once) {
+      const int rows = imin(at_once, task.row1 - row0);
+      float q_scale[kScratchRows];
+      int32_t offsets[kScratchRows] = {};
       for (int r = 0; r < rows; r++) {
         float* padded = scratch.row;
         std::memcpy(padded, s.qkv + (row0 + r) * s.ldqkv + head * kv.d, sizeof(float) * kv.d);
         std::memset(padded + kv.d, 0, sizeof(float) * 16);
-        uint8_t* to = scratch.att_act + r * q_stride;
+        const Row15 to = row_15(scratch.att_act, r, q_stride, q_plane, tiles);
         const int limit = imin(kActMax, 16909320 / kv.d);
-        if (kv.f32) std::memcpy(to, padded, sizeof(float) * kv.d);
+        if (kv.f32) std::memcpy(to.at, padded, sizeof(float) * kv.d);
         q_scale[r] = kv.f32 ? root : quantize_15(padded, kv.d, q_plane, limit, to, offsets + r) * root;
       }
       const int longest = s.positions[row0 + rows - 1] + 1;
@@ -198,7 +208,17 @@ inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch)
       // alone, the next head's are fetched on the way, a line for each that is used: at once they would stall the loads.
       const bool few = rows <= kFewRows;
       const size_t ahead = few && head + 1 < task.head1 ? kv.leaf_bytes : 0;
-      for (int t = 0; t < longest; t += kLeafTokens) {
+#if defined(NANOGPT_AMX)
+      const uint8_t* first_leaf = leaf_at(s, span.slot, 0, layer, head);
+      const auto leaf_of = [&](int panel) { return first_leaf + panel / 4 * kv.block_bytes; };
+      if (tiles) {
+        int32_t* scores = reinterpret_cast<int32_t*>(scratch.scores);
+        amx_dot_15(scratch.att_act, q_plane / kDepth, offsets, rows, (longest + 15) / 16,
+                   [&](int p) { return leaf_of(p) + p % 4 * (kv.k_bytes / 4); }, 1024,
+                   [&](int p) { return scores + 16 * p; }, ld);
+      }
+#endif
+      for (int t = 0; t < longest && !tiles; t += kLeafTokens) {
         const uint8_t* leaf = leaf_at(s, span.slot, t / kLeafTokens, layer, head);
         const size_t scales = kv.k_bytes + kv.v_bytes;
         if (few && head == task.head0) {
@@ -211,19 +231,27 @@ inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch)
         leaf_scores(rows, kv, scratch.att_act, q_stride, q_plane, offsets, leaf,
                     imin(4, (longest - t + 15) / 16), reinterpret_cast<int32_t*>(scratch.scores) + t, ld, ahead);
       }
-      float factor[kMaxRows];
+      float factor[kScratchRows];
       for (int r = 0; r < rows; r++) {
         const int n = s.positions[row0 + r] + 1;
-        uint8_t* to = scratch.att_act + r * p_stride;
-        factor[r] = soft_weights(s, span.slot, layer, head, q_scale[r], n, scratch.scores + size_t(r) * ld, to, p_plane,
+        const Row15 to = row_15(scratch.att_act, r, p_stride, p_plane, tiles);
+        factor[r] = soft_weights(s, span.slot, layer, head, q_scale[r], n, scratch.scores + size_t(r) * ld, to,
                                  offsets + r);
-        // Later rows of the block see more tokens: for this one they weigh nothing.
-        for (int t = round_up(n, 16); t < round_up(longest, 16); t += 16) {
-          if (kv.f32) store(reinterpret_cast<float*>(to) + t, splat(0.0f));
-          else put(to, p_plane, t, splat(int32_t(0)));
+        // Later rows of the block see more tokens, and a tile has 64: for this row they weigh nothing.
+        for (int t = round_up(n, 16); t < round_up(longest, tiles ? kLeafTokens : 16); t += 16) {
+          if (kv.f32) store(reinterpret_cast<float*>(to.at) + t, splat(0.0f));
+          else put(to, t, splat(int32_t(0)));
         }
       }
-      for (int t = 0; t < longest; t += kLeafTokens) {
+#if defined(NANOGPT_AMX)
+      if (tiles) {
+        int32_t* sums = reinterpret_cast<int32_t*>(scratch.out);
+        amx_dot_15(scratch.att_act, (longest + kLeafTokens - 1) / kLeafTokens, offsets, rows, kv.dv / 16,
+                   [&](int p) { return first_leaf + kv.k_bytes + p * kLeafTokens * 16; }, kv.block_bytes,
+                   [&](int p) { return sums + 16 * p; }, kv.dv);
+      }
+#endif
+      for (int t = 0; t < longest && !tiles; t += kLeafTokens) {
         leaf_values(rows, kv, scratch.att_act + size_t(t) * (kv.f32 ? 4 : kBytes ? 1 : 2), p_stride, p_plane,
                     offsets,
                     leaf_at(s, span.slot, t / kLeafTokens, layer, head), imin(kLeafTokens, longest - t),

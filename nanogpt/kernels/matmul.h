@@ -78,9 +78,7 @@ NG_INLINE void finish_tiles(const Matrix& m, const TileSums& sums, const TileBlo
     const F32 bias = load(m.bias + col), w_scale = load(m.scale + col);
     for (int i = i0; i < i1; i++) {
       const int r = block.r + i;
-      const I32 s = shift_left(load(sums.high[half] + i * kLanes), 8) + load(sums.low[half] + i * kLanes) -
-                    splat(act.offset[r]);
-      put_output(fma(to_float(s), w_scale * splat(act.scale[r]), bias), out + r * ldo + col, then);
+      put_output(fma(to_float(joined(sums, half, i, act.offset[r])), w_scale * splat(act.scale[r]), bias), out + r * ldo + col, then);
     }
   }
 }

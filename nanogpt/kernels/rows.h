@@ -17,7 +17,7 @@ NG_INLINE float largest_size(const float* x, int n) {
 constexpr float kTiny = 1e-30f;  // below, 1 / x would overflow: such a row is taken for zero
 
 // The floats x[0, n) as 15-bit integers, zeros up to n_pad. Returns their unit; `offset` see dot.h.
-inline float quantize_15(const float* x, int n, int n_pad, int limit, uint8_t* out, int32_t* offset) {
+inline float quantize_15(const float* x, int n, int n_pad, int limit, const Row15& out, int32_t* offset) {
   const float top = largest_size(x, n);
   const F32 inverse = splat(top > kTiny ? float(limit) / top : 0.0f);
   I32 total = splat(int32_t(0));
@@ -25,9 +25,9 @@ inline float quantize_15(const float* x, int n, int n_pad, int limit, uint8_t* o
   for (; i < n; i += 16) {
     const I32 a = round_to_int(load(x + i) * inverse);
     total = total + a;
-    put(out, n_pad, i, a);
+    put(out, i, a);
   }
-  for (; i < n_pad; i += 16) put(out, n_pad, i, splat(int32_t(0)));
+  for (; i < n_pad; i += 16) put(out, i, splat(int32_t(0)));
   *offset = int32_t(uint32_t(sum(total)) * 128u);
   return top > kTiny ? top / float(limit) : 0.0f;
 }

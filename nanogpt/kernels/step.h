@@ -32,7 +32,7 @@ struct Scratch {
   float* out;      // kScratchRows rows of a head's output
 };
 
-constexpr int kScratchRows = 8;  // at least every instruction set's kMaxRows
+constexpr int kScratchRows = 16;  // rows that attention takes at once at most: a tile of AMX
 constexpr int kOwnRows = 4;  // batches up to this are normalized by every thread for itself: cheaper than a barrier
 
 // Parts of a step whose time can be asked for.
