@@ -10,7 +10,6 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import numpy as np
@@ -121,10 +120,9 @@ def select(tensors: Mapping[str, LazyTensor], config: GPTConfig, where: str) -> 
     for name in shapes:
         selected[name] = tensors[name].open(name)
         tensors[name].verify(name)
-    # NumPy gives the lock away while it computes: two see through 500 MB in half the time.
-    with ThreadPoolExecutor(1, "check") as pool:
-        for _ in pool.map(lambda name: _check_finite(name, selected[name], where), shapes):
-            pass
+    # One after another: two threads would hold two tensors' pages in memory, and win 0.05 s of GPT-2's 0.5.
+    for name in shapes:
+        _check_finite(name, selected[name], where)
     return selected
 
 

@@ -15,11 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nanogpt.runner.base import SamplingState
 from nanogpt.runner.philox import uniforms
 from nanogpt.runner.sampler import Row, adjustment, forbidden
 from nanogpt.runner.step_graphs import triton_kernels
-from nanogpt.sampling_params import SamplingParams
 
 
 def sample(logits: torch.Tensor, rows: Sequence[Row], num_tokens: int) -> torch.Tensor:
@@ -47,16 +45,11 @@ def sample(logits: torch.Tensor, rows: Sequence[Row], num_tokens: int) -> torch.
     return drawn if logits is model else torch.where(model.amax(dim=1).isfinite(), drawn, -1)
 
 
-def warm_up(device: torch.device, num_tokens: int) -> None:
-    """Compile what a draw needs, so that no request waits for that."""
-    row = Row(0, 0, SamplingState(SamplingParams(temperature=1.0), 0, (), []), [])
-    sample(torch.zeros(1, num_tokens, device=device), [row], num_tokens)
-
-
 def draw(logits: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """``triton_kernels.draw`` in PyTorch: temperature and all that follows it; -1 where the logits are not finite.
 
-    Shapes: logits ``[R, V]``; table float64 ``[6, R]``: temperature, top_k, top_p, min_p, greedy, random number; → ``[R]``.
+    Shapes: logits ``[R, V]``; table float64 ``[6, R]``: temperature, top_k, top_p, min_p, greedy, random number →
+    ``[R]``.
     """
     temperature, top_k, top_p, min_p, greedy, random = table[:, :, None]
     highest, best = logits.max(dim=1)

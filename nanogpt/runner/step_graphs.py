@@ -7,6 +7,9 @@ one for 1, 2, 4, 8, 16 .. tokens, and rows that no sequence needs compute a toke
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
 from types import ModuleType
 from typing import Any
 
@@ -14,11 +17,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from nanogpt.checkpoint.digest import cache_folder
 from nanogpt.model.gpt import GPT, LayerNorm
 from nanogpt.runner.base import Int32
 
-MOST_TOKENS = 512
-"""The largest step that is recorded. Each of a graph's tokens reads K and V for itself, which long chunks outgrow."""
+logger = logging.getLogger("nanogpt.runner")
+
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""Tokens of a step that are recorded. Each of them reads K and V for itself, which longer chunks outgrow."""
+_MOST_COPIED = 32
+"""The largest step without Triton, where each token has a copy of its sequence's K and V."""
 _WARM_UPS = 2
 """Runs before a recording: libraries choose and load their kernels, which cannot be recorded."""
 
@@ -26,7 +34,8 @@ _WARM_UPS = 2
 class StepGraphs:
     """``kv`` ``[L, 2, slots, H, T, D]``: the last slot is the one that is nobody's. Used by one thread at a time.
 
-    Everything is recorded at once, so that no memory has to be found later; it takes a second or two.
+    Everything is recorded at once, so that no memory has to be found later; it takes a second or two. Steps of more
+    than ``most_tokens`` are not for it.
     """
 
     def __init__(self, model: GPT, kv: torch.Tensor) -> None:
@@ -35,8 +44,9 @@ class StepGraphs:
         self._spare = kv.shape[2] - 1
         on_device = kv.device.type == "cuda"
         self._kernels = triton_kernels() if on_device else None
-        # Token ids, slots, first positions, positions: one transfer a step, from memory that the device reads by itself.
-        self._host = torch.zeros(4, MOST_TOKENS, dtype=torch.int64, pin_memory=on_device)
+        self.most_tokens = _MOST_COPIED if on_device and not self._kernels else max(_SIZES)
+        # Token ids, slots, first positions, positions: one transfer a step, from memory that the device reads itself.
+        self._host = torch.zeros(4, self.most_tokens, dtype=torch.int64, pin_memory=on_device)
         self._host[1] = self._spare
         self._inputs = self._host.to(kv.device)
         self._copied = torch.cuda.Event() if on_device else None
@@ -70,7 +80,7 @@ class StepGraphs:
         recorded: list[tuple[int, Any, torch.Tensor]] = []
         pool = None
         # From many tokens to few: a smaller graph finds room in what a larger one took.
-        for size in sorted(_SIZES, reverse=True):
+        for size in sorted((n for n in _SIZES if n <= self.most_tokens), reverse=True):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -97,17 +107,27 @@ class StepGraphs:
             y = block.attn.c_proj(attend(block.attn.c_attn(y), keys, values, slot, start, position))
             y = block.mlp(add_norm(x, y, block.ln_2))
             y = add_norm(x, y, norm)
-        return y
+        hidden: torch.Tensor = y
+        return hidden
 
 
-_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, MOST_TOKENS)
-
-
+@functools.cache
 def triton_kernels() -> ModuleType | None:
-    """None without Triton (Windows): PyTorch's kernels then do, with copies of K and V."""
+    """None where they cannot be had: PyTorch's kernels then do, with copies of K and V."""
+    folder = cache_folder()
+    if folder is not None:
+        os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
     try:
         from nanogpt.runner import triton_kernels
-    except ImportError:
+
+        triton_kernels.try_out()
+    except Exception as error:  # Triton has no class of its own for what a compiler, a linker or a loader refuses
+        logger.warning(
+            "The GPU kernels cannot be compiled here (%s: %s), so PyTorch's own compute, which is slower. Triton, "
+            "which comes with PyTorch on Linux, needs a C compiler and Python's headers: "
+            "apt-get install gcc python3-dev.",
+            type(error).__name__, next(iter(str(error).splitlines()), ""),
+        )  # fmt: skip
         return None
     return triton_kernels
 
@@ -117,10 +137,10 @@ def _attend(
     keys: torch.Tensor,
     values: torch.Tensor,
     slot: torch.Tensor,
-    start: torch.Tensor,  # noqa: ARG001: PyTorch's kernels run one after another, so that all K and V are there
+    start: torch.Tensor,
     position: torch.Tensor,
 ) -> torch.Tensor:
-    """``triton_kernels.attend`` in PyTorch."""
+    """``triton_kernels.attend`` in PyTorch. ``start`` is not looked at: here all K and V are written first."""
     q, k, v = qkv.view(len(qkv), 3, keys.shape[1], keys.shape[3]).unbind(1)
     keys[slot, :, position] = k
     values[slot, :, position] = v

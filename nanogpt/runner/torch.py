@@ -20,7 +20,7 @@ from nanogpt.runner import sampler, sampler_torch
 from nanogpt.runner.base import Batch, Float32, Int32, StepOutput
 from nanogpt.runner.cpus import usable_cpus
 from nanogpt.runner.sampler_torch import upload
-from nanogpt.runner.step_graphs import MOST_TOKENS, StepGraphs
+from nanogpt.runner.step_graphs import StepGraphs
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HEAD_MULTIPLE = 64
@@ -68,10 +68,10 @@ class TorchRunner:
         self._head = _padded(self._model) if device != "cpu" else self._model.head
         self._graphs: StepGraphs | None = None
         if device != "cpu":
-            # cuDNN's attention plans anew for every length of K: 40 ms for each token of a text. Flash attention does not.
-            torch.backends.cuda.enable_cudnn_sdp(False)
+            # cuDNN's attention plans anew for every length of K: 40 ms for each token of a text. The others do not.
+            if hasattr(torch.backends.cuda, "enable_cudnn_sdp"):  # since PyTorch 2.4
+                torch.backends.cuda.enable_cudnn_sdp(False)
             self.use_graphs()
-            sampler_torch.warm_up(self._device, self.config.num_tokens)
 
     def _allocate(self) -> torch.Tensor:
         """K and V, all zero: stale numbers under a mask do no harm, NaN would. Shapes: ``[L, 2, slots, H, T, D]``.
@@ -142,7 +142,8 @@ class TorchRunner:
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         """Write the batch's K and V. Returns the hidden states that the head takes. Shapes: ``[N, C]``."""
-        layers = self._graphs.step if self._graphs and len(batch.token_ids) <= MOST_TOKENS else self._layers
+        graphs = self._graphs
+        layers = graphs.step if graphs and len(batch.token_ids) <= graphs.most_tokens else self._layers
         return layers(batch.token_ids, batch.slots, batch.starts, batch.num_tokens)
 
     def _layers(self, ids: Int32, slots: Int32, starts: Int32, counts: Int32) -> torch.Tensor:
@@ -153,7 +154,7 @@ class TorchRunner:
         token_ids, position, slot = upload(table.astype(np.int64), self._device)
         parts = [
             _Part(first, n, slot, start + n, self._device)
-            for first, n, slot, start in zip(firsts.tolist(), counts.tolist(), slots.tolist(), starts.tolist(), strict=True)
+            for first, n, slot, start in np.stack([firsts, counts, slots, starts], axis=1).tolist()
         ]
         transformer = self._model.transformer
         x = transformer.wte(token_ids) + transformer.wpe(position)

@@ -59,7 +59,7 @@ def add_norm(x: torch.Tensor, y: torch.Tensor, norm: LayerNorm) -> torch.Tensor:
 def draw(logits: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Temperature and all that follows it, as ``nanogpt.runner.sampler`` lists it; -1 where logits are not finite.
 
-    Shapes: logits float32 ``[R, V]``; table float64 ``[6, R]``: temperature, top_k, top_p, min_p, greedy, random number;
+    Shapes: logits float32 ``[R, V]``; table float64 ``[6, R]``: temperature, top_k, top_p, min_p, greedy, random number
     → ``[R]``.
     """
     rows, num_tokens = logits.shape
@@ -71,6 +71,13 @@ def draw(logits: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         BLOCK=_BLOCK_V, KEPT=_BLOCK_KEPT, num_warps=8,
     )  # fmt: skip
     return out
+
+
+def try_out() -> None:
+    """Compile the draw and run it. Raises: what Triton raises where it cannot compile."""
+    table = torch.tensor([[1.0], [2.0], [1.0], [0.0], [0.0], [0.5]], dtype=torch.float64, device="cuda")
+    draw(torch.zeros(1, 8, device="cuda"), table)
+    torch.cuda.synchronize()
 
 
 @triton.jit

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from nanogpt.sampling_params import SamplingParams
 torch = pytest.importorskip("torch")
 
 from nanogpt.model.gpt import GPT  # noqa: E402
+from nanogpt.runner import step_graphs  # noqa: E402
 from nanogpt.runner.torch import TorchRunner  # noqa: E402
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -154,6 +157,38 @@ def test_16_bits_are_close_to_32(device: str, precision: str) -> None:
 def test_a_device_writes_the_text_of_the_cpu(params: SamplingParams) -> None:
     on_cpu, on_device = (Text(make(d), 0, PROMPT, params, seed=3).generate(15) for d in ("cpu", "cuda"))
     assert on_device == on_cpu
+
+
+def test_kernels_that_do_not_compile_are_a_warning_and_not_the_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Images without a C compiler are common: the server then starts all the same, with PyTorch's own kernels."""
+
+    def try_out() -> None:
+        raise RuntimeError("Failed to find C compiler.\nMore of it.")
+
+    kernels = ModuleType("triton_kernels")
+    monkeypatch.setattr(kernels, "try_out", try_out, raising=False)
+    monkeypatch.setitem(sys.modules, "nanogpt.runner.triton_kernels", kernels)
+    monkeypatch.setattr("nanogpt.runner.triton_kernels", kernels, raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/nowhere")
+    assert step_graphs.triton_kernels.__wrapped__() is None
+    [warning] = caplog.messages
+    assert "RuntimeError: Failed to find C compiler.)" in warning
+    assert "apt-get install gcc python3-dev" in warning
+    monkeypatch.setattr(kernels, "try_out", lambda: None)
+    assert step_graphs.triton_kernels.__wrapped__() is kernels
+
+
+def test_a_step_that_is_too_large_for_the_graphs_is_computed_all_the_same() -> None:
+    runner = make()
+    runner.use_graphs()
+    assert runner._graphs is not None
+    runner._graphs.most_tokens = 4
+    step(runner, Part(0, PROMPT[:-1]), Part(1, PROMPT[:3]))
+    output = step(runner, Part(0, PROMPT[-1:], len(PROMPT) - 1, everything()))
+    expected = log_softmax(runner.logits(np.array(PROMPT, np.int32))[-1])
+    np.testing.assert_allclose(distribution(output), expected, atol=1e-5)
 
 
 def test_variants_of_the_family_go_through_the_same_code() -> None:
