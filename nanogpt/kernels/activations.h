@@ -105,6 +105,7 @@ struct PlainRow {
   int n_pad;
   ActFormat format;
   uint32_t sum_of_all = 0;
+  I32 lanes = splat(int32_t(0));
   PlainRow(uint8_t* to, const Matrix& m, ActFormat as) : row(to), n_pad(m.k_pad), format(as) {}
 
   NG_INLINE void group(int g, int exponent, const I32 (&q)[4]) {
@@ -121,17 +122,21 @@ struct PlainRow {
       else
         store_shorts(row + 2 * i, shift_left(q[j], exponent));
     });
+    if (format == ActFormat::kTiles) {
+      lanes = lanes + shift_left(total, exponent);
+      return;
+    }
     const GroupInfo info{exponent, sum(total)};
     if (format == ActFormat::kByteTiles) {
       const TileInfo tile{float(1 << exponent), 8 * info.sum};
       std::memcpy(row + 2 * kTileBytes * g + kTileBytes, &tile, sizeof tile);
-    } else if (format != ActFormat::kTiles) {
+    } else {
       std::memcpy(row + 2 * size_t(n_pad) + g * sizeof info, &info, sizeof info);
     }
     sum_of_all += uint32_t(info.sum) << exponent;
   }
   // The sum of those activations whose products hold 128 times them too much.
-  NG_INLINE uint32_t finish() { return sum_of_all; }
+  NG_INLINE uint32_t finish() { return sum_of_all + uint32_t(sum(lanes)); }
 };
 
 }  // namespace

@@ -123,15 +123,18 @@ NG_INLINE void leaf_values(int rows, const KvGeometry& kv, const uint8_t* p, siz
 inline float soft_weights(const Step& s, int slot, int layer, int head, float q_scale, int n, float* scores,
                           const Row15& out, int32_t* offset) {
   const KvGeometry& kv = s.kv;
+  const uint8_t* first_scales = leaf_at(s, slot, 0, layer, head) + kv.k_bytes + kv.v_bytes;
+  // Of K, 16 from token t on; those of V lie behind the leaf's of K.
+  const auto scales = [&](int t) {
+    return reinterpret_cast<const float*>(first_scales + size_t(t / kLeafTokens) * kv.block_bytes) + t % kLeafTokens;
+  };
   F32 top = splat(-__builtin_inff());
   for (int t = 0; t < n; t += 16) {
     F32 y;
     if (kv.f32) {
       y = load(scores + t) * splat(q_scale);
     } else {
-      const float* k_scale = reinterpret_cast<const float*>(leaf_at(s, slot, t / kLeafTokens, layer, head) +
-                                                            kv.k_bytes + kv.v_bytes);
-      y = to_float(bits(load(scores + t))) * (load(k_scale + t % kLeafTokens) * splat(q_scale));
+      y = to_float(bits(load(scores + t))) * (load(scales(t)) * splat(q_scale));
     }
     if (n - t < 16) y = select(less(iota(), splat(int32_t(n - t))), y, splat(-__builtin_inff()));
     store(scores + t, y);
@@ -140,14 +143,12 @@ inline float soft_weights(const Step& s, int slot, int layer, int head, float q_
   const F32 highest = splat(max_lane(top));
   F32 total = splat(0.0f), largest = splat(0.0f);
   for (int t = 0; t < n; t += 16) {
-    F32 e = exp(load(scores + t) - highest);
+    F32 e = exp<true>(load(scores + t) - highest);
     if (n - t < 16) e = select(less(iota(), splat(int32_t(n - t))), e, splat(0.0f));
     total = total + e;
     if (!kv.f32) {
-      const float* v_scale = reinterpret_cast<const float*>(leaf_at(s, slot, t / kLeafTokens, layer, head) +
-                                                            kv.k_bytes + kv.v_bytes) + kLeafTokens;
       // Past n the scale may be anything: the mask comes last.
-      e = e * load(v_scale + t % kLeafTokens);
+      e = e * load(scales(t) + kLeafTokens);
       if (n - t < 16) e = select(less(iota(), splat(int32_t(n - t))), e, splat(0.0f));
       largest = max(e, largest);
     }

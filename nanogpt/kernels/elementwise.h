@@ -6,10 +6,11 @@
 namespace nanogpt {
 namespace {
 
-// e^x for x in [-87.3, 88]; beyond, the value at the border.
+// e^x for x in [-87.3, 88]; beyond, the value at the border. `kSmall`: no x is above 0.
+template <bool kSmall = false>
 NG_INLINE F32 exp(F32 x) {
   x = max(splat(-87.3f), x);
-  x = select(greater(x, splat(88.0f)), splat(88.0f), x);
+  if (!kSmall) x = select(greater(x, splat(88.0f)), splat(88.0f), x);
   const I32 n = round_to_int(x * splat(1.44269504088896341f));
   const F32 nf = to_float(n);
   F32 r = fma(nf, splat(-0.693359375f), x);  // ln 2 in two parts, the first exact in few bits

@@ -36,20 +36,23 @@ inline float quantize_15(const float* x, int n, int n_pad, int limit, const Row1
 inline float quantize_shared(const float* x, const Matrix& m, ActFormat format, uint8_t* out, int32_t* offset) {
   const int limit = imin(m.act_max, kMostQ << 7);  // so the largest of a row, which matters most, is rounded to itself
   const float top = largest_size(x, m.k);
-  const F32 inverse = splat(top > kTiny ? float(limit) / top : 0.0f);
+  const float inverse = top > kTiny ? float(limit) / top : 0.0f;
   Row row(out, m, format);
   for (int g = 0; g < m.k_pad / kGroup; g++) {
-    I32 a[4], size = splat(int32_t(0));
+    F32 size = splat(0.0f);
     each<4>(NG_BODY(j) {
       const int i = g * kGroup + j * 16;
-      a[j] = i < m.k ? round_to_int(load(x + i) * inverse) : splat(int32_t(0));
-      const I32 s = abs(a[j]);
-      size = size | (s + shift_right_signed(s, 2) + shift_right_signed(s, 3));  // 11/8: 93 becomes 127
+      if (i < m.k) size = max(abs(load(x + i)), size);
     });
-    const uint32_t bits_used = 32 - uint32_t(__builtin_clz(any_bit(size) | 1));
+    const int32_t s = round_to_int(max_lane(size) * inverse);
+    const uint32_t bits_used = 32 - uint32_t(__builtin_clz(uint32_t(s + (s >> 2) + (s >> 3)) | 1));  // 11/8: 93 is 127
     const int e = bits_used > 7 ? int(bits_used) - 7 : 0;
     const I32 half = splat(int32_t(1 << e >> 1));
-    each<4>(NG_BODY(j) { a[j] = shift_right_signed(a[j] + half, e); });
+    I32 a[4];
+    each<4>(NG_BODY(j) {
+      const int i = g * kGroup + j * 16;
+      a[j] = i < m.k ? shift_right_signed(round_to_int(load(x + i) * splat(inverse)) + half, e) : splat(int32_t(0));
+    });
     row.group(g, e, a);
   }
   *offset = int32_t(row.finish() * 128u);

@@ -238,7 +238,7 @@ NG_INLINE float max_lane(const F32& a) { return fold_lanes(a, Larger()); }
 NG_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 NG_INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }  // into the L1 cache
 
-// Sums and disjunctions of integers: any order gives the same.
+// Any order gives the same.
 NG_INLINE int32_t sum(const I32& a) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_epi32((__m512i)a.v[0]);
@@ -255,34 +255,17 @@ NG_INLINE int32_t sum(const I32& a) {
   return int32_t(total);
 #endif
 }
-NG_INLINE uint32_t any_bit(const I32& a) {
-#if defined(__AVX512F__)
-  return uint32_t(_mm512_reduce_or_epi32((__m512i)a.v[0]));
-#elif defined(__AVX2__)
-  const __m256i eight = (__m256i)(a.v[0] | a.v[1]);
-  const __m128i four = _mm_or_si128(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
-  const __m128i two = _mm_or_si128(four, _mm_unpackhi_epi64(four, four));
-  return uint32_t(_mm_cvtsi128_si32(_mm_or_si128(two, _mm_shuffle_epi32(two, 1))));
-#else
-  NativeU t = a.v[0];
-  for (int i = 1; i < kParts; i++) t |= a.v[i];
-  uint32_t total = 0;
-  for (int i = 0; i < kNative; i++) total |= t[i];
-  return total;
-#endif
-}
-NG_INLINE I32 abs(const I32& a) {
-  I32 r;
-  NG_LANES {
-    const NativeU sign = (NativeU)((NativeI)a.v[i] >> 31);
-    r.v[i] = (a.v[i] ^ sign) - sign;
-  }
-  return r;
-}
 // To the nearest integer, ties to even, for |a| < 2^22: adding 1.5 * 2^23 leaves the integer in the low bits.
 NG_INLINE I32 round_to_int(const F32& a) {
   const F32 magic = splat(12582912.0f);
   return bits(a + magic) - bits(magic);
+}
+NG_INLINE int32_t round_to_int(float a) {
+  const float magic = 12582912.0f, moved = a + magic;
+  int32_t before, after;
+  std::memcpy(&before, &magic, 4);
+  std::memcpy(&after, &moved, 4);
+  return after - before;
 }
 
 }  // namespace
