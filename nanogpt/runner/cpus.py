@@ -17,16 +17,26 @@ def usable_cpus(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
 
 
 def _quotas(cgroups: Path, own: Path) -> list[float]:
-    """CPU quotas, in CPUs, of this process's control group and of those above it (version 2, or version 1's root)."""
-    lines = _read(own).splitlines()
-    folder = cgroups / next((line[3:] for line in lines if line.startswith("0::")), "/").strip("/")
-    folders = [folder, *folder.parents]
-    limits = [_read(each / "cpu.max") for each in folders[: folders.index(cgroups) + 1]]
-    v1 = cgroups / "cpu"
-    limits.append(f"{_read(v1 / 'cpu.cfs_quota_us')} {_read(v1 / 'cpu.cfs_period_us')}")
+    """CPU quotas, in CPUs, of this process's control group and of those above it, in versions 1 and 2."""
+    # A line is "0::/path" in version 2 and "4:cpu,cpuacct:/path" in version 1. In a container the path may be the
+    # host's, and the container's own group is the root.
+    fields = [line.split(":", 2) for line in _read(own).splitlines() if line.count(":") >= 2]
+    v2 = next((path for number, controllers, path in fields if (number, controllers) == ("0", "")), "/")
+    v1 = next((path for _, controllers, path in fields if "cpu" in controllers.split(",")), "/")
+    limits = [_read(each / "cpu.max") for each in _up_to(cgroups, v2)]
+    limits += [
+        f"{_read(each / 'cpu.cfs_quota_us')} {_read(each / 'cpu.cfs_period_us')}"
+        for each in _up_to(cgroups / "cpu", v1)
+    ]
     pairs = [limit.split() for limit in limits]
     # No limit is the word "max" in version 2 and -1 in version 1.
     return [int(pair[0]) / int(pair[1]) for pair in pairs if len(pair) == 2 and pair[0].isdecimal()]
+
+
+def _up_to(root: Path, path: str) -> list[Path]:
+    """The folder of a group, and those above it."""
+    folder = root / path.strip("/")
+    return [each for each in [folder, *folder.parents] if each == root or root in each.parents]
 
 
 def _read(path: Path) -> str:

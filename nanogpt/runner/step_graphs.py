@@ -88,7 +88,8 @@ class StepGraphs:
                     self._layers(size)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # Other threads may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 hidden = self._layers(size)
             pool = graph.pool()
             recorded.append((size, graph, hidden))

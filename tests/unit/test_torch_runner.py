@@ -262,3 +262,9 @@ def test_a_containers_quota_counts_and_not_the_hosts_cores(tmp_path: Path) -> No
     (tmp_path / "fs" / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     (group.parent / "cpu.max").write_text("max 100000\n")
     assert usable_cpus(tmp_path / "fs", own) == unlimited
+    group = tmp_path / "fs" / "cpu" / "unit"
+    group.mkdir()
+    (group / "cpu.cfs_quota_us").write_text("90000\n")
+    (group / "cpu.cfs_period_us").write_text("100000\n")
+    own.write_text("5:cpuset:/elsewhere\n4:cpu,cpuacct:/unit/inner\n0::/pod/container\n")
+    assert usable_cpus(tmp_path / "fs", own) == 1, "version 1: the group's own limit, or one above it"
