@@ -10,9 +10,13 @@ NG_INLINE int imin(int a, int b) { return a < b ? a : b; }
 NG_INLINE int imax(int a, int b) { return a > b ? a : b; }
 
 NG_INLINE float largest_size(const float* x, int n) {
-  F32 largest = splat(0.0f);
-  for (int i = 0; i < n; i += 16) largest = max(abs(load(x + i)), largest);
-  return max_lane(largest);
+  F32 largest[4];  // one alone would wait for itself at each turn
+  each<4>(NG_BODY(j) { largest[j] = splat(0.0f); });
+  int i = 0;
+  for (; i + 64 <= n; i += 64)
+    each<4>(NG_BODY(j) { largest[j] = max(abs(load(x + i + 16 * j)), largest[j]); });
+  for (; i < n; i += 16) largest[0] = max(abs(load(x + i)), largest[0]);
+  return max_lane(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
 }
 constexpr float kTiny = 1e-30f;  // below, 1 / x would overflow: such a row is taken for zero
 
