@@ -47,11 +47,11 @@ NG_INLINE void prepare(const Matrix& m, int first, int last, ActFormat format, u
 
 enum class Then { kStore, kAdd, kGeluTanh, kGeluErf };
 
-NG_INLINE void put_output(F32 y, float* to, Then then) {
-  if (then == Then::kAdd) y = load(to) + y;
-  if (then == Then::kGeluTanh) y = gelu_tanh(y);
-  if (then == Then::kGeluErf) y = gelu_erf(y);
-  store(to, y);
+NG_INLINE void put_output(const F32& y, float* to, Then then) {
+  if (then == Then::kStore) store(to, y);
+  if (then == Then::kAdd) store(to, load(to) + y);
+  if (then == Then::kGeluTanh) store(to, gelu_tanh(y));
+  if (then == Then::kGeluErf) store(to, gelu_erf(y));
 }
 
 // What follows a product, for R rows and `width` columns of int32 (or float) sums.
@@ -78,7 +78,8 @@ NG_INLINE void finish_tiles(const Matrix& m, const TileSums& sums, const TileBlo
     const F32 bias = load(m.bias + col), w_scale = load(m.scale + col);
     for (int i = i0; i < i1; i++) {
       const int r = block.r + i;
-      put_output(fma(to_float(joined(sums, half, i, act.offset[r])), w_scale * splat(act.scale[r]), bias), out + r * ldo + col, then);
+      const F32 s = to_float(joined(sums, half, i, act.offset[r]));
+      put_output(fma(s, w_scale * splat(act.scale[r]), bias), out + r * ldo + col, then);
     }
   }
 }
