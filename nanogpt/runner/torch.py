@@ -65,7 +65,7 @@ class TorchRunner:
         self._device = torch.device(device)
         self._model = GPT.from_checkpoint(checkpoint, device=self._device, dtype=_DTYPES[precision]).eval()
         self._kv = self._allocate()
-        self._head = _padded(self._model) if device != "cpu" else self._model.head
+        self._head = padded_head(self._model) if device != "cpu" else self._model.head
         self._graphs: StepGraphs | None = None
         if device != "cpu":
             # cuDNN's attention plans anew for every length of K: 40 ms for each token of a text. The others do not.
@@ -174,7 +174,7 @@ def _device_precision() -> str:
     return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
 
 
-def _padded(model: GPT) -> Callable[[torch.Tensor], torch.Tensor]:
+def padded_head(model: GPT) -> Callable[[torch.Tensor], torch.Tensor]:
     """The model's head with as many rows as a device multiplies fast: GPT-2's 50,257 take three times 50,304's time."""
     weight = model.transformer.wte.weight if model.lm_head is None else model.lm_head.weight
     num_rows = len(weight)

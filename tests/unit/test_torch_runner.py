@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch")
 
 from nanogpt.model.gpt import GPT  # noqa: E402
 from nanogpt.runner import step_graphs  # noqa: E402
-from nanogpt.runner.torch import TorchRunner  # noqa: E402
+from nanogpt.runner.torch import TorchRunner, padded_head  # noqa: E402
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
@@ -189,6 +189,22 @@ def test_a_step_that_is_too_large_for_the_graphs_is_computed_all_the_same() -> N
     output = step(runner, Part(0, PROMPT[-1:], len(PROMPT) - 1, everything()))
     expected = log_softmax(runner.logits(np.array(PROMPT, np.int32))[-1])
     np.testing.assert_allclose(distribution(output), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_padded_head_gives_the_models_logits_from_one_copy_of_the_weights(tied: bool) -> None:
+    """On a device the head has a multiple of 64 rows; the embedding looks into the same memory."""
+    model = GPT.from_checkpoint(tiny_checkpoint(tied=tied))
+    x = torch.randn(3, model.config.n_embd)
+    with torch.no_grad():
+        expected = model.head(x)
+        padded = padded_head(model)
+        np.testing.assert_allclose(padded(x), expected, atol=1e-6)
+        np.testing.assert_allclose(model.head(x), expected, atol=1e-6)
+        weight = model.transformer.wte.weight if model.lm_head is None else model.lm_head.weight
+        weight[0] += 1.0
+        assert torch.equal(padded(x)[:, 0], model.head(x)[:, 0])
+        assert not torch.equal(padded(x)[:, 0], expected[:, 0])
 
 
 def test_variants_of_the_family_go_through_the_same_code() -> None:
