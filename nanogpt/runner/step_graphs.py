@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -34,8 +35,8 @@ _WARM_UPS = 2
 class StepGraphs:
     """``kv`` ``[L, 2, slots, H, T, D]``: the last slot is the one that is nobody's. Used by one thread at a time.
 
-    Everything is recorded at once, so that no memory has to be found later; it takes a second or two. Steps of more
-    than ``most_tokens`` are not for it.
+    Everything is recorded at once, so that no memory has to be found later; it takes some seconds. Steps of more than
+    ``most_tokens`` are not for it.
     """
 
     def __init__(self, model: GPT, kv: torch.Tensor) -> None:
@@ -61,17 +62,13 @@ class StepGraphs:
         if self._copied is not None:
             self._copied.synchronize()  # a step that samples nothing was not waited for
         table = self._host.numpy()
-        size, graph, hidden = next((entry for entry in self._graphs if entry[0] >= n), (n, None, None))
-        firsts = np.cumsum(counts) - counts
-        table[0, :n] = ids
-        table[1, :n] = np.repeat(slots, counts)
-        table[2, :n] = np.repeat(starts, counts)
-        table[3, :n] = np.arange(n) - np.repeat(firsts - starts, counts)
-        table[:, n:size] = [[0], [self._spare], [0], [0]]
+        table[:, :n] = token_table(ids, slots, starts, counts)
+        table[:, n:] = [[0], [self._spare], [0], [0]]
         self._inputs.copy_(self._host, non_blocking=True)
-        if self._copied is None or graph is None or hidden is None:
+        if self._copied is None:
             return self._layers(n)
         self._copied.record()
+        graph, hidden = next((graph, hidden) for size, graph, hidden in self._graphs if size >= n)
         graph.replay()
         return hidden[:n]
 
@@ -110,6 +107,16 @@ class StepGraphs:
             y = add_norm(x, y, norm)
         hidden: torch.Tensor = y
         return hidden
+
+
+def token_table(ids: Int32, slots: Int32, starts: Int32, counts: Int32) -> npt.NDArray[np.int64]:
+    """Token ids, slots, their sequences' first positions, positions: sequence b has the next ``counts[b]`` of the ids.
+
+    Shapes: ids ``[N]``, the others ``[B]`` → ``[4, N]``.
+    """
+    firsts = np.cumsum(counts) - counts
+    positions = np.arange(len(ids)) - np.repeat(firsts - starts, counts)
+    return np.stack([ids, np.repeat(slots, counts), np.repeat(starts, counts), positions])
 
 
 @functools.cache

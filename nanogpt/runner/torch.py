@@ -20,7 +20,7 @@ from nanogpt.runner import sampler, sampler_torch
 from nanogpt.runner.base import Batch, Float32, Int32, StepOutput
 from nanogpt.runner.cpus import usable_cpus
 from nanogpt.runner.sampler_torch import upload
-from nanogpt.runner.step_graphs import StepGraphs
+from nanogpt.runner.step_graphs import StepGraphs, token_table
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HEAD_MULTIPLE = 64
@@ -148,10 +148,8 @@ class TorchRunner:
 
     def _layers(self, ids: Int32, slots: Int32, starts: Int32, counts: Int32) -> torch.Tensor:
         """Sequences of any number of tokens each. Shapes: ids ``[N]``, the others ``[B]`` → ``[N, C]``."""
+        token_ids, slot, _, position = upload(token_table(ids, slots, starts, counts), self._device)
         firsts = np.cumsum(counts) - counts
-        positions = np.arange(len(ids)) - np.repeat(firsts - starts, counts)
-        table = np.stack([ids, positions, np.repeat(slots, counts)])
-        token_ids, position, slot = upload(table.astype(np.int64), self._device)
         parts = [
             _Part(first, n, slot, start + n, self._device)
             for first, n, slot, start in np.stack([firsts, counts, slots, starts], axis=1).tolist()
