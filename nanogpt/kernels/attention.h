@@ -16,53 +16,69 @@ NG_INLINE uint8_t* leaf_at(const Step& s, int slot, int block, int layer, int he
          size_t(layer * s.kv.n_head + head) * s.kv.leaf_bytes;
 }
 
-// K and V of one (row, head) to its leaf.
-inline void write_kv(const Step& s, int layer, int row, int head) {
-  const KvGeometry& kv = s.kv;
-  const Span& span = s.spans[s.row_span[row]];
-  const int position = s.positions[row], t = position % kLeafTokens, c = kv.d * kv.n_head;
-  uint8_t* leaf = leaf_at(s, span.slot, position / kLeafTokens, layer, head);
-  const float* k = s.qkv + row * s.ldqkv + c + head * kv.d;
-  const float* v = k + c;
-  if (kv.f32) {
-    float* kt = reinterpret_cast<float*>(leaf);
-    float* vt = reinterpret_cast<float*>(leaf + kv.k_bytes);
-    for (int i = 0; i < kv.d; i++) kt[(t / 16 * kv.dk + i) * 16 + t % 16] = k[i];
-    for (int i = 0; i < kv.d; i++) vt[(i / 16 * kLeafTokens + t) * 16 + i % 16] = v[i];
-    return;
-  }
-  float* k_scale = reinterpret_cast<float*>(leaf + kv.k_bytes + kv.v_bytes);
-  float* v_scale = k_scale + kLeafTokens;
+// K and V of N tokens of one head, t .. t + N of a leaf, as int8. Of the tokens in a line of V all are ours, or the others
+// are kept.
+template <int N>
+NG_INLINE void write_kv_tokens(const KvGeometry& kv, const float* k, const float* v, size_t ld, uint8_t* leaf, int t) {
   // Sixteen values from x + i on; a head that is no multiple of 16 is completed with zeros.
-  auto sixteen = [&](const float* x, int i) {
+  const auto sixteen = [&](const float* x, int i) {
     if (i + 16 <= kv.d) return load(x + i);
     alignas(64) float padded[16] = {};
     for (int j = 0; j < kv.d - i; j++) padded[j] = x[i + j];
     return load(padded);
   };
-  auto largest = [&](const float* x) {
-    F32 m = splat(0.0f);
-    for (int i = 0; i < kv.d; i += 16) m = max(abs(sixteen(x, i)), m);
-    return max_lane(m);
+  float* k_scale = reinterpret_cast<float*>(leaf + kv.k_bytes + kv.v_bytes) + t;
+  const auto quantizer = [&](const float* x, float* scale) {
+    F32 size = splat(0.0f);
+    for (int i = 0; i < kv.d; i += 16) size = max(abs(sixteen(x, i)), size);
+    const float top = max_lane(size);
+    *scale = top > kTiny ? top / 127.0f : 0.0f;
+    return splat(top > kTiny ? 127.0f / top : 0.0f);
   };
-  const I32 offset = splat(int32_t(128));
-  uint8_t q[16];
+  F32 k_inverse[N], v_inverse[N];
+  each<N>(NG_BODY(n) {
+    k_inverse[n] = quantizer(k + n * ld, k_scale + n);
+    v_inverse[n] = quantizer(v + n * ld, k_scale + kLeafTokens + n);
+  });
+  const I32 offset = splat(int32_t(128)), others = splat(N == 4 ? 0 : ~int32_t(0xffu << t % 4 * 8));
   uint8_t* kt = leaf + size_t(t / 16) * kv.dk * 16 + t % 16 * 4;
-  float top = largest(k);
-  F32 inverse = splat(top > kTiny ? 127.0f / top : 0.0f);
+  uint8_t* vt = leaf + kv.k_bytes + t / 4 * 64;
   for (int i = 0; i < kv.d; i += 16) {
-    store_bytes(q, round_to_int(sixteen(k, i) * inverse) + offset);
-    for (int j = 0; j < imin(16, kv.dk - i); j += 4) std::memcpy(kt + (i + j) * 16, q + j, 4);
+    uint8_t q[N][16];
+    each<N>(NG_BODY(n) { store_bytes(q[n], round_to_int(sixteen(k + n * ld, i) * k_inverse[n]) + offset); });
+    for (int j = 0; j < imin(16, kv.dk - i); j += 4)
+      each<N>(NG_BODY(n) { std::memcpy(kt + (i + j) * 16 + 4 * n, q[n] + j, 4); });
+    int32_t* line = reinterpret_cast<int32_t*>(vt + size_t(i) * kLeafTokens);
+    I32 tokens = load(line) & others;
+    each<N>(NG_BODY(n) {
+      const I32 a = round_to_int(sixteen(v + n * ld, i) * v_inverse[n]) + offset;
+      tokens = tokens | shift_left(a, (t + n) % 4 * 8);
+    });
+    store(line, tokens);
   }
-  k_scale[t] = top > kTiny ? top / 127.0f : 0.0f;
-  uint8_t* vt = leaf + kv.k_bytes + t / 4 * 64 + t % 4;
-  top = largest(v);
-  inverse = splat(top > kTiny ? 127.0f / top : 0.0f);
-  for (int i = 0; i < kv.d; i += 16) {
-    store_bytes(q, round_to_int(sixteen(v, i) * inverse) + offset);
-    for (int j = 0; j < 16; j++) vt[size_t(i) * kLeafTokens + j * 4] = q[j];
+}
+
+// K and V of a span's rows to one head's leaves. One thread does all of them: tokens share lines.
+inline void write_kv(const Step& s, int layer, const Span& span, int head) {
+  const KvGeometry& kv = s.kv;
+  const int c = kv.d * kv.n_head;
+  for (int done = 0, n; done < span.n; done += n) {
+    const int position = span.start + done, t = position % kLeafTokens;
+    uint8_t* leaf = leaf_at(s, span.slot, position / kLeafTokens, layer, head);
+    const float* k = s.qkv + (span.row0 + done) * s.ldqkv + c + head * kv.d;
+    const float* v = k + c;
+    n = !kv.f32 && t % 4 == 0 && span.n - done >= 4 ? 4 : 1;
+    if (kv.f32) {
+      float* kt = reinterpret_cast<float*>(leaf);
+      float* vt = reinterpret_cast<float*>(leaf + kv.k_bytes);
+      for (int i = 0; i < kv.d; i++) kt[(t / 16 * kv.dk + i) * 16 + t % 16] = k[i];
+      for (int i = 0; i < kv.d; i++) vt[(i / 16 * kLeafTokens + t) * 16 + i % 16] = v[i];
+    } else if (n == 4) {
+      write_kv_tokens<4>(kv, k, v, s.ldqkv, leaf, t);
+    } else {
+      write_kv_tokens<1>(kv, k, v, s.ldqkv, leaf, t);
+    }
   }
-  v_scale[t] = top > kTiny ? top / 127.0f : 0.0f;
 }
 
 // One head of a leaf: scores' sums of R queries with its 64 tokens / the tokens' weights with its V. `ahead`: see dot_15.
@@ -173,8 +189,9 @@ inline float soft_weights(const Step& s, int slot, int layer, int head, float q_
   return some ? highest_weight / limit / denominator : 0.0f;
 }
 
-inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch) {
+inline void attend(const Step& s, int layer, int index, Scratch& scratch) {
   const KvGeometry& kv = s.kv;
+  const Task& task = s.tasks[index];
   const Span& span = s.spans[task.span];
   const int q_plane = round_up(kv.dk, kDepth), p_plane = round_up(s.weights->config.block_size, kDepth);
   const int element = kv.f32 ? 4 : 2;
@@ -189,8 +206,7 @@ inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch)
   constexpr int at_once = kMaxRows;
 #endif
   for (int head = task.head0; head < task.head1; head++) {
-    if (!span.kv_first)
-      for (int row = span.row0; row < span.row0 + span.n; row++) write_kv(s, layer, row, head);
+    if (!span.kv_first) write_kv(s, layer, span, head);
     for (int row0 = task.row0; row0 < task.row1; row0 += at_once) {
       const int rows = imin(at_once, task.row1 - row0);
       float q_scale[kScratchRows];
@@ -206,9 +222,16 @@ inline void attend(const Step& s, int layer, const Task& task, Scratch& scratch)
       }
       const int longest = s.positions[row0 + rows - 1] + 1;
       // K and V of one head are pieces of a few KB that no hardware prefetcher follows. Where they are read for a row or two
-      // alone, the next head's are fetched on the way, a line for each that is used: at once they would stall the loads.
+      // alone, the next head's (after the last one, the next task's) are fetched on the way, a line for each that is used:
+      // at once they would stall the loads.
       const bool few = rows <= kFewRows;
-      const size_t ahead = few && head + 1 < task.head1 ? kv.leaf_bytes : 0;
+      size_t ahead = 0;
+      if (few && head + 1 < task.head1) {
+        ahead = kv.leaf_bytes;
+      } else if (few && index + 1 < s.num_tasks) {
+        const Task& next = s.tasks[index + 1];
+        ahead = leaf_at(s, s.spans[next.span].slot, 0, layer, next.head0) - leaf_at(s, span.slot, 0, layer, head);
+      }
 #if defined(NANOGPT_AMX)
       const uint8_t* first_leaf = leaf_at(s, span.slot, 0, layer, head);
       const auto leaf_of = [&](int panel) { return first_leaf + panel / 4 * kv.block_bytes; };

@@ -36,13 +36,12 @@ inline void forward(const Step& s, Cursor& cursor, int64_t& last) {
     });
     lap(s, cursor, Part::kQkv, last);
     if (s.any_kv_first) {
-      phase(s, cursor, row_chunks, [&](int chunk) {
-        for (int r = rows * chunk / row_chunks; r < rows * (chunk + 1) / row_chunks; r++)
-          if (s.spans[s.row_span[r]].kv_first)
-            for (int head = 0; head < c.n_head; head++) write_kv(s, i, r, head);
+      phase(s, cursor, s.num_spans * c.n_head, [&](int chunk) {
+        const Span& span = s.spans[chunk / c.n_head];
+        if (span.kv_first) write_kv(s, i, span, chunk % c.n_head);
       });
     }
-    phase(s, cursor, s.num_tasks, [&](int task) { attend(s, i, s.tasks[task], s.scratch[cursor.thread]); });
+    phase(s, cursor, s.num_tasks, [&](int task) { attend(s, i, task, s.scratch[cursor.thread]); });
     lap(s, cursor, Part::kAttention, last);
     matmul(s, cursor, layer.proj, rows, s.x, s.ldx, Then::kAdd, [&](int r, float*) { return s.att + r * s.ldx; });
     lap(s, cursor, Part::kProj, last);

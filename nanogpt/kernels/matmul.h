@@ -135,6 +135,9 @@ inline void matmul_part(const Matrix& m, const Act& act, int r0, int n, int firs
       const int depth = m.k_pad / kGroup, all_lines = int(m.panel_bytes / depth + 63) / 64 * width;
       const int share = (all_lines + groups - 1) / groups, lines = n < kFetchFrom || g * share >= all_lines ? 0 : share;
       const Ahead ahead{m.data + size_t(p + width) * m.panel_bytes + size_t(g) * lines * 64 * depth, lines};
+      // Where the output is larger than a cache, its lines would hold up the stores and then, through them, everything.
+      for (int i = 0; i < count; i++)
+        for (int c = 0; c < width; c++) prefetch_near(out + (r + i) * ldo + (p + c) * kLanes);
       if constexpr (kPanelsAtOnce == 4) {
         if (width == 4) dot_rows<4, 3>(count, m, a, act.stride, act.offset + r, p, sums, 64, ahead);
         if (width == 2) dot_rows<2>(count, m, a, act.stride, act.offset + r, p, sums, 64, ahead);

@@ -164,7 +164,6 @@ void Model::make_tasks() {
 void Model::step(const BatchView& batch, Draws& draws) {
   spans_.clear();
   positions_.clear();
-  row_span_.clear();
   const Config& c = config();
   int rows = 0;
   for (int b = 0; b < batch.num_spans; b++) {
@@ -177,7 +176,6 @@ void Model::step(const BatchView& batch, Draws& draws) {
       const int token = batch.token_ids[rows + i];
       if (token < 0 || token >= c.vocab_size) throw std::out_of_range("a token id is not in the vocabulary");
       positions_.push_back(start + i);
-      row_span_.push_back(b);
     }
     rows += n;
   }
@@ -186,7 +184,6 @@ void Model::step(const BatchView& batch, Draws& draws) {
   step_.num_rows = rows;
   step_.tokens = batch.token_ids;
   step_.positions = positions_.data();
-  step_.row_span = row_span_.data();
   step_.num_spans = int(spans_.size());
   step_.spans = spans_.data();
   step_.num_tasks = int(tasks_.size());

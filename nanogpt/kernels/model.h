@@ -90,7 +90,7 @@ class Model {
   std::unique_ptr<uint8_t[]> thread_memory_;
   std::vector<float> logits_;
   std::vector<int64_t> part_ns_;
-  std::vector<int32_t> positions_, row_span_;
+  std::vector<int32_t> positions_;
   std::vector<Span> spans_;
   std::vector<Task> tasks_;
   std::vector<Scratch> scratch_;

@@ -46,7 +46,6 @@ struct Step {
   int num_rows;
   const int32_t* tokens;
   const int32_t* positions;
-  const int32_t* row_span;
   int num_spans;
   const Span* spans;
   int num_tasks;
