@@ -323,30 +323,40 @@ class _Request:
         return self._end is not None
 
     def has_news(self) -> bool:
+        self._read()
         return self.finished() or bool(self._untaken)
 
     def take(self) -> str:
         """The text that has come since the last time."""
+        self._read()
         piece, self._untaken = self._untaken, ""
         return piece
 
     def receive(self, event: Tokens | Finished) -> None:
         if isinstance(event, Finished):
-            if not self.finished():
-                self._untaken += self._stream.finish()
-                self._end = event
+            self._end = self._end or event
             return
-        self._untaken += self._stream.push(event.token_ids)
-        num_new = self._stream.num_tokens - len(self.token_ids)
-        self.token_ids += event.token_ids[:num_new]
+        self.token_ids += event.token_ids
         if self._logprobs is not None and event.logprobs is not None:
-            self._logprobs += event.logprobs[:num_new]
-        if self._stream.stopped:
-            self.engine.abort(self.handle)
+            self._logprobs += event.logprobs
+        if self.params.stop:
+            self._read()
+            if self._stream.stopped:
+                del self.token_ids[self._stream.num_tokens :]
+                if self._logprobs is not None:
+                    del self._logprobs[self._stream.num_tokens :]
+                self.engine.abort(self.handle)
+
+    def _read(self) -> None:
+        """To text, what has not been yet. Late, where no stop string can end the text: between two steps all threads wait."""
+        self._untaken += self._stream.push(self.token_ids[self._stream.num_tokens :])
+        if self.finished():
+            self._untaken += self._stream.finish()
 
     def completion(self) -> Completion:
         """Raises: NanoGPTError when the engine could not compute it."""
         assert self._end is not None
+        self._read()
         if self._end.reason == "error" and (self._end.error or "").startswith(GRAMMAR):
             raise InvalidRequest(f"The text cannot go on by its {self._end.error}", field="grammar")
         if self._end.reason == "error":

@@ -172,7 +172,7 @@ class Engine:
         stats.num_waiting = self._scheduler.num_waiting
         stats.num_slots, stats.num_positions = slots.num_slots, slots.held.size
         stats.num_slots_running, stats.num_slots_cached = slots.num_running, slots.num_cached
-        stats.num_positions_held = int(slots.num_held.sum())
+        stats.num_positions_held = slots.num_positions_held
         return stats
 
     # -- parts -------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ import numpy.typing as npt
 
 from nanogpt.runner.base import Int32
 
+_MAX_GROWN = 64
+
 
 @dataclass(slots=True)
 class Grant:
@@ -42,6 +44,8 @@ class Slots:
         self._free = list(range(num_slots - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._running: set[int] = set()
+        # Steps of ``record_one_each`` that were not written down yet: nobody asks between most steps.
+        self._grown: list[tuple[Int32, Int32, Int32]] = []
 
     def acquire(self, token_ids: Int32, max_reuse: int) -> Grant:
         """A slot for a sequence with this context, reusing at most ``max_reuse`` tokens of what any slot holds.
@@ -73,6 +77,7 @@ class Slots:
 
     def release(self, slot: int, *, keep: bool) -> None:
         """The sequence has ended: its K and V become a prefix for others, or (not ``keep``) are forgotten."""
+        self._settle()
         self._running.remove(slot)
         if keep and self.prefix_cache and self.num_held[slot]:
             self._cached[slot] = None
@@ -82,18 +87,27 @@ class Slots:
 
     def record(self, slot: int, start: int, token_ids: Int32 | list[int]) -> None:
         """The runner has written K and V of these tokens at ``start``, where what is held ends."""
+        self._settle()
         end = start + len(token_ids)
         self.held[slot, start:end] = token_ids
         self.num_held[slot] = end
 
     def record_one_each(self, slots: Int32, starts: Int32, token_ids: Int32) -> None:
-        """``record`` for many slots that grew by one token each."""
-        self.held[slots, starts] = token_ids
-        self.num_held[slots] = starts + 1
+        """``record`` for many slots that grew by one token each. Keeps the arrays."""
+        self._grown.append((slots, starts, token_ids))
+        if len(self._grown) >= _MAX_GROWN:
+            self._settle()
 
     def clear(self, slot: int) -> None:
         """The running slot's K and V are of no use any more (its positions have moved)."""
+        self._settle()
         self.num_held[slot] = 0
+
+    @property
+    def num_positions_held(self) -> int:
+        """Of all slots together."""
+        self._settle()
+        return int(self.num_held.sum())
 
     @property
     def num_running(self) -> int:
@@ -108,6 +122,7 @@ class Slots:
 
         Raises: AssertionError. Called by tests after every action.
         """
+        self._settle()
         every = [*self._free, *self._cached, *self._running]
         if sorted(every) != list(range(self.num_slots)):
             raise AssertionError(f"a slot was lost or is owned twice: {self._free=} {self._cached=} {self._running=}")
@@ -118,6 +133,13 @@ class Slots:
         if not all(self.num_held[slot] for slot in self._cached):
             raise AssertionError("a cached slot holds nothing")
 
+    def _settle(self) -> None:
+        if self._grown:
+            slots, starts, token_ids = (np.concatenate(arrays) for arrays in zip(*self._grown, strict=True))
+            self._grown.clear()
+            self.held[slots, starts] = token_ids
+            self.num_held[slots] = starts + 1  # of a slot that grew several times the last one stays
+
     def _longest_prefix(self, token_ids: Int32, limit: int) -> tuple[int, int]:
         """The slot that shares the most leading tokens, and how many; (-1, 0) when none does.
 
@@ -126,6 +148,7 @@ class Slots:
         limit = min(limit, len(token_ids))
         if not self.prefix_cache or limit <= 0:
             return -1, 0
+        self._settle()
         candidates = np.flatnonzero((self.held[:, 0] == token_ids[0]) & (self.num_held > 0))
         if not len(candidates):
             return -1, 0

@@ -88,7 +88,7 @@ class PyModel {
       if (end > int64_t(token_ids.size())) throw std::invalid_argument("token_ids: num_tokens in all");
       const nb::object state = sampling[b];
       if (!(draws[b] = !state.is_none())) continue;
-      Sampling first = read_sampling(state);
+      Sampling first = read_sampling(state, b);
       if (first.allowed && guesses) throw std::invalid_argument("a mask is for one draw: num_drafts must be 0");
       for (int i = 0; i <= guesses; i++) {
         draws_.rows.push_back(int32_t(end - 1 - guesses + i));
@@ -150,10 +150,41 @@ class PyModel {
   }
 
  private:
-  // A nanogpt.runner.base.SamplingState. Token ids were checked when the request was accepted; they are addresses
-  // here, so they are checked again.
-  Sampling read_sampling(nb::handle state) {
-    const nb::object params = state.attr("params");
+  // Names of attributes that are read for every sequence of every step: made once, which finding them costs less than.
+  struct Names {
+    nb::object params = intern("params"), seed = intern("seed"), output = intern("output_token_ids"), mask = intern("mask");
+    static nb::object intern(const char* name) { return nb::steal(PyUnicode_InternFromString(name)); }
+  };
+  // What a SamplingParams says; those are frozen. Kept for the next step's sequence at the same place of the batch.
+  struct Parsed {
+    nb::object params;
+    Sampling sampling;
+  };
+
+  // A nanogpt.runner.base.SamplingState, of the batch's sequence b. Token ids were checked when the request was accepted;
+  // they are addresses here, so they are checked again.
+  Sampling read_sampling(nb::handle state, size_t b) {
+    const nb::object params = state.attr(names_.params);
+    if (parsed_.size() <= b) parsed_.resize(b + 1);
+    if (!parsed_[b].params.is(params)) parsed_[b] = {params, read_params(params)};
+    Sampling s = parsed_[b].sampling;
+    s.seed = PyLong_AsUnsignedLongLongMask(state.attr(names_.seed).ptr());  // modulo 2^64
+    const nb::object output = state.attr(names_.output);
+    s.index = nb::len(output);
+    const auto read_ids = [&](nb::handle ids, std::vector<int32_t>& to) {
+      for (nb::handle id : ids) to.push_back(valid(nb::cast<int64_t>(id)));
+    };
+    if (s.repetition_penalty != 1) read_ids(state.attr("prompt_token_ids"), s.prompt);
+    if (s.repetition_penalty != 1 || s.presence_penalty != 0 || s.frequency_penalty != 0) read_ids(output, s.output);
+    if (const nb::object mask = state.attr(names_.mask); !mask.is_none()) {
+      masks_.push_back(nb::cast<Words>(mask));
+      if (masks_.back().size() < size_t(model_->config().num_tokens + 31) / 32)
+        throw std::invalid_argument("mask: a bit for every token");
+      s.allowed = masks_.back().data();
+    }
+    return s;
+  }
+  Sampling read_params(nb::handle params) const {
     const auto number = [&](const char* name) { return nb::cast<double>(params.attr(name)); };
     Sampling s;
     s.temperature = number("temperature");
@@ -163,30 +194,18 @@ class PyModel {
     s.repetition_penalty = number("repetition_penalty");
     s.presence_penalty = number("presence_penalty");
     s.frequency_penalty = number("frequency_penalty");
-    s.seed = PyLong_AsUnsignedLongLongMask(state.attr("seed").ptr());  // modulo 2^64
-    const nb::object output = state.attr("output_token_ids"), bias = params.attr("logit_bias");
-    s.index = nb::len(output);
-    const auto valid = [&](int64_t id) {
-      if (id < 0 || id >= model_->config().vocab_size) throw std::out_of_range("a token id is not in the vocabulary");
-      return int32_t(id);
-    };
-    const auto read_ids = [&](nb::handle ids, std::vector<int32_t>& to) {
-      for (nb::handle id : ids) to.push_back(valid(nb::cast<int64_t>(id)));
-    };
-    if (!bias.is_none())
+    if (const nb::object bias = params.attr("logit_bias"); !bias.is_none())
       for (nb::handle item : bias.attr("items")())
         s.logit_bias.emplace_back(valid(nb::cast<int64_t>(item[0])), nb::cast<double>(item[1]));
-    if (s.repetition_penalty != 1) read_ids(state.attr("prompt_token_ids"), s.prompt);
-    if (s.repetition_penalty != 1 || s.presence_penalty != 0 || s.frequency_penalty != 0) read_ids(output, s.output);
-    if (const nb::object mask = state.attr("mask"); !mask.is_none()) {
-      masks_.push_back(nb::cast<Words>(mask));
-      if (masks_.back().size() < size_t(model_->config().num_tokens + 31) / 32)
-        throw std::invalid_argument("mask: a bit for every token");
-      s.allowed = masks_.back().data();
-    }
     return s;
   }
+  int32_t valid(int64_t id) const {
+    if (id < 0 || id >= model_->config().vocab_size) throw std::out_of_range("a token id is not in the vocabulary");
+    return int32_t(id);
+  }
 
+  const Names names_;
+  std::vector<Parsed> parsed_;
   Draws draws_;
   std::vector<Words> masks_;  // of the batch: keeps their memory alive
   ConstBytes packed_;  // keeps the memory alive
