@@ -137,17 +137,6 @@ NG_INLINE void amx_matmul(const Matrix& m, const uint8_t* a, size_t a_stride, in
   done(sums[turn ^ 1], before, 0, kTileRows);
 }
 
-// An int4 panel's groups [g0, g0 + n) as tiles of unsigned bytes w + 8.
-inline void unpack_i4(const uint8_t* panel, int g0, int n, uint8_t* tiles) {
-  for (int g = g0; g < g0 + n; g++, tiles += 1024) {
-    const uint8_t* w = panel + size_t(g) * kGroupBytes;
-    for (int i = 0; i < 512; i++) {
-      tiles[i] = w[i] & 15;
-      tiles[512 + i] = w[i] >> 4;
-    }
-  }
-}
-
 // Products of 16 rows with up to four groups, a tile each, to sums.
 NG_INLINE void amx_four_groups(const uint8_t* x, const uint8_t* tiles, int n, int32_t (*sums)[kTileRows * kLanes]) {
 #define NG_ONE_GROUP(j, acc, x_tile, w_tile)                 \

@@ -62,6 +62,17 @@ inline void dot_i4(const uint8_t* a, size_t a_stride, const uint8_t* w, int grou
   each<R>(NG_BODY(r) { store(out + r * ldo, total[r]); });
 }
 
+// An int4 panel's groups [g0, g0 + n) as unsigned bytes w + 8, which lie as int8's do.
+inline void unpack_i4(const uint8_t* panel, int g0, int n, uint8_t* bytes) {
+  for (int g = g0; g < g0 + n; g++, bytes += 1024) {
+    const uint8_t* w = panel + size_t(g) * kGroupBytes;
+    for (int i = 0; i < 512; i++) {
+      bytes[i] = w[i] & 15;
+      bytes[512 + i] = w[i] >> 4;
+    }
+  }
+}
+
 // float32: every column's sum runs over the inputs in order, whatever R and P are.
 template <int R, int P>
 inline void dot_f32(const float* a, size_t a_stride, const float* w, size_t w_stride, int k_len, float* out, int ldo,

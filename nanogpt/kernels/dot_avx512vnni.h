@@ -11,6 +11,7 @@ constexpr ActFormat kInt8Input = ActFormat::kBytes, kInt4Input = ActFormat::kByt
 using Row = PlainRow;
 constexpr size_t kRowGroupBytes = 2 * kGroup + sizeof(GroupInfo);  // two planes for AMX
 constexpr int kPanelsAtOnce = 4;  // for up to three rows, and two for more: as many sums as there are registers
+constexpr int kUnpackFrom = 13;  // rows: from here on int4 is unpacked once for all of them
 constexpr int kFetchFrom = 4;     // rows: for fewer the processor's own prefetcher is as good, and instructions are felt
 
 // acc += four products u8 x s8 a lane. As an instruction and not as its intrinsic, for which GCC 12 copies every
@@ -79,6 +80,43 @@ inline void dot_15(const uint8_t* a, size_t a_stride, int plane, const uint8_t* 
   });
 }
 
+// What dot_i4 does, of P panels' n groups that were unpacked to bytes; `scales` is the first group's. The rest of a sum
+// lies in `totals` meanwhile, if `add` says that there is one.
+template <int R, int P>
+inline void dot_unpacked(const uint8_t* a, size_t a_stride, const GroupInfo* info, const uint8_t* w, size_t w_stride,
+                         const uint8_t* scales, size_t panel_bytes, int n, float* totals, int ld, bool add, Ahead ahead) {
+  F32 total[R][P];
+  each<R>(NG_BODY(r) {
+    each<P>(NG_BODY(p) { total[r][p] = add ? load(totals + r * ld + kLanes * p) : splat(0.0f); });
+  });
+  for (int g = 0; g < n; g++, info++, scales += kGroupBytes) {
+    __m512i s[R][P];
+    each<R>(NG_BODY(r) {
+      const __m512i eight = _mm512_slli_epi32(broadcast4((const uint8_t*)&info->sum + r * a_stride), 3);
+      each<P>(NG_BODY(p) { s[r][p] = _mm512_sub_epi32(_mm512_setzero_si512(), eight); });
+    });
+    for (int k = 0; k < 16; k++, a += 4, w += 64) {
+      __m512i b[P];
+      each<P>(NG_BODY(p) { b[p] = _mm512_loadu_si512(w + p * w_stride); });
+      each<R>(NG_BODY(r) {
+        const __m512i x = broadcast4(a + r * a_stride);
+        each<P>(NG_BODY(p) { multiply_add(s[r][p], b[p], x); });
+      });
+    }
+    F32 scale[P];
+    each<P>(NG_BODY(p) { scale[p] = load_bf16(scales + p * panel_bytes); });
+    each<R>(NG_BODY(r) {
+      const __m512i e = broadcast4((const uint8_t*)&info->exponent + r * a_stride);
+      each<P>(NG_BODY(p) {
+        I32 sum;
+        sum.v[0] = (NativeU)_mm512_sllv_epi32(s[r][p], e);
+        total[r][p] = fma(to_float(sum), scale[p], total[r][p]);
+      });
+    });
+    for (int i = 0; i < ahead.lines; i++, ahead.next += 64) prefetch(ahead.next);
+  }
+  each<R>(NG_BODY(r) { each<P>(NG_BODY(p) { store(totals + r * ld + kLanes * p, total[r][p]); }); });
+}
 
 template <int R>
 NG_INLINE void dot_group(const uint8_t* a, size_t a_stride, int groups, int g, const uint8_t* w, I32 (&sums)[R]) {

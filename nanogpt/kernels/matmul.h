@@ -103,6 +103,57 @@ NG_INLINE void dot_rows(int rows, const Matrix& m, const uint8_t* a, size_t a_st
   }
 }
 
+#if defined(__AVX512VNNI__)
+template <int P, int R = kMaxRows>
+NG_INLINE void dot_unpacked_rows(int rows, const Matrix& m, const uint8_t* a, size_t a_stride, const uint8_t* bytes,
+                                 size_t bytes_stride, int panel, int g0, int n, float* totals, int ld, Ahead ahead) {
+  if constexpr (R > 0) {
+    if (rows != R)
+      return dot_unpacked_rows<P, R - 1>(rows, m, a, a_stride, bytes, bytes_stride, panel, g0, n, totals, ld, ahead);
+    const GroupInfo* info = reinterpret_cast<const GroupInfo*>(a + 2 * size_t(m.k_pad)) + g0;
+    const uint8_t* scales = m.data + size_t(panel) * m.panel_bytes + size_t(g0) * kGroupBytes + 512;
+    dot_unpacked<R, P>(a + g0 * kGroup, a_stride, info, bytes, bytes_stride, scales, m.panel_bytes, n, totals, ld, g0 > 0,
+                       ahead);
+  }
+}
+
+// matmul_part of an int4 matrix for many rows: a few groups of a pair of panels are unpacked to bytes, which stay in the
+// L1 cache for all rows.
+inline void matmul_unpacked(const Matrix& m, const Act& act, int r0, int n, int first, int last, float* out, size_t ldo,
+                            Then then) {
+  constexpr int kUnpacked = 6, kRowsAtOnce = 16 * kMaxRows, kWidth = 2 * kLanes;
+  alignas(64) uint8_t bytes[2][kUnpacked * kGroup * kLanes];
+  alignas(64) float totals[kRowsAtOnce * kWidth];
+  const int depth = m.k_pad / kGroup, num_groups = (n + kMaxRows - 1) / kMaxRows;
+  for (int p = first, width; p < last; p += width) {
+    width = last - p >= 2 ? 2 : 1;
+    // Each group of rows fetches its part of the next panels.
+    const int all_lines = int(m.panel_bytes / depth + 63) / 64 * width, share = (all_lines + num_groups - 1) / num_groups;
+    const uint8_t* next = m.data + size_t(p + width) * m.panel_bytes;
+    for (int begin = 0; begin < n; begin += kRowsAtOnce) {
+      const int rows = imin(kRowsAtOnce, n - begin), groups = (rows + kMaxRows - 1) / kMaxRows;
+      for (int g0 = 0; g0 < depth; g0 += kUnpacked) {
+        const int num = imin(kUnpacked, depth - g0);
+        for (int j = 0; j < width; j++) unpack_i4(m.data + size_t(p + j) * m.panel_bytes, g0, num, bytes[j]);
+        for (int g = 0; g < groups; g++) {
+          const int r = rows * g / groups, count = rows * (g + 1) / groups - r;
+          const uint8_t* a = act.data + (r0 + begin + r) * act.stride;
+          const int index = begin / kMaxRows + g, lines = index * share >= all_lines ? 0 : share;
+          const Ahead ahead{next + (size_t(index) * depth + g0) * lines * 64, lines};
+          float* to = totals + r * kWidth;
+          if (width == 2)
+            dot_unpacked_rows<2>(count, m, a, act.stride, bytes[0], sizeof bytes[0], p, g0, num, to, kWidth, ahead);
+          else
+            dot_unpacked_rows<1>(count, m, a, act.stride, bytes[0], sizeof bytes[0], p, g0, num, to, kWidth, ahead);
+        }
+      }
+      finish(m, reinterpret_cast<const int32_t*>(totals), kWidth, rows, p * kLanes, width * kLanes,
+             act.scale + r0 + begin, out + (r0 + begin) * ldo, ldo, then);
+    }
+  }
+}
+#endif
+
 // out = act x m for rows [r0, r0 + n) and panels [first, last).
 inline void matmul_part(const Matrix& m, const Act& act, int r0, int n, int first, int last, float* out, size_t ldo,
                         Then then) {
@@ -122,6 +173,9 @@ inline void matmul_part(const Matrix& m, const Act& act, int r0, int n, int firs
     });
     return;
   }
+#endif
+#if defined(__AVX512VNNI__)
+  if (m.kind == Kind::kI4 && n >= kUnpackFrom) return matmul_unpacked(m, act, r0, n, first, last, out, ldo, then);
 #endif
   alignas(64) int32_t sums[kMaxRows * 16 * 4];
   const int groups = (n + kMaxRows - 1) / kMaxRows;
