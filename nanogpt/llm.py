@@ -348,7 +348,7 @@ class _Request:
                 self.engine.abort(self.handle)
 
     def _read(self) -> None:
-        """To text, what has not been yet. Late, where no stop string can end the text: between two steps all threads wait."""
+        """To text, what is not yet. Late where no stop string can end the text: between two steps all threads wait."""
         self._untaken += self._stream.push(self.token_ids[self._stream.num_tokens :])
         if self.finished():
             self._untaken += self._stream.finish()

@@ -68,6 +68,18 @@ inline void write_kv(const Step& s, int layer, const Span& span, int head) {
     const float* k = s.qkv + (span.row0 + done) * s.ldqkv + c + head * kv.d;
     const float* v = k + c;
     n = !kv.f32 && t % 4 == 0 && span.n - done >= 4 ? 4 : 1;
+    if (n == 4 && span.n - done >= 8) {
+      // The next four tokens: pieces here and there, of floats and of the leaf, for each of which stores would wait.
+      const int next = (position + 4) % kLeafTokens;
+      for (int i = 0; i < 4; i++)
+        for (int j = 0; j < kv.d; j += 16) {
+          prefetch_near(k + (4 + i) * s.ldqkv + j);
+          prefetch_near(v + (4 + i) * s.ldqkv + j);
+        }
+      const uint8_t* to = leaf_at(s, span.slot, (position + 4) / kLeafTokens, layer, head);
+      for (int i = 0; i < kv.dv; i += 16) prefetch_near(to + kv.k_bytes + i * kLeafTokens + next / 4 * 64);
+      for (int i = 0; i < kv.dk && next % 16 == 0; i += 4) prefetch_near(to + (next * kv.dk + i * 16));
+    }
     if (kv.f32) {
       float* kt = reinterpret_cast<float*>(leaf);
       float* vt = reinterpret_cast<float*>(leaf + kv.k_bytes);

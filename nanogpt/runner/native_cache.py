@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import mmap
 import os
 import struct
 import tempfile
@@ -25,6 +26,7 @@ import numpy.typing as npt
 
 from nanogpt import _kernels
 from nanogpt.checkpoint.digest import cache_folder, weights_digest
+from nanogpt.checkpoint.mapped import release_pages
 from nanogpt.checkpoint.types import Checkpoint
 
 Bytes = npt.NDArray[np.uint8]
@@ -40,6 +42,7 @@ _MAGIC = b"nanogpt packed\r\n"
 _HEADER = struct.Struct("<16sII32s32sQQ")  # magic, format, header's bytes, what it is, weights, size, checksum
 _HEADER_BYTES = 128  # the data begins on a cache line
 _ABANDONED_S = 3600.0
+_PIECE_BYTES = 32 << 20
 
 
 def packed_weights(checkpoint: Checkpoint, description: str, size: int, pack: Callable[[Bytes], None]) -> Bytes:
@@ -104,34 +107,31 @@ def packed_in_memory(size: int, pack: Callable[[Bytes], None]) -> Bytes:
 
 
 def _write(path: Path, what: bytes, weights: bytes, size: int, pack: Callable[[Bytes], None]) -> None:
-    """Pack into the file itself, so that the weights are in memory once."""
+    """Pack in memory, then write in large pieces, each of which is given back: so the weights are in memory once.
+
+    Some file systems (ext4 since Linux 6.16) keep what one call wrote in pages as large. Mapped, such a file takes few
+    entries of the processor's page tables, and a step reads all of it.
+    """
+    memory = mmap.mmap(-1, _HEADER_BYTES + size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    image: Bytes = np.frombuffer(memory, np.uint8)
+    packed = image[_HEADER_BYTES:]
+    pack(packed)
+    header = _HEADER.pack(_MAGIC, FORMAT, _HEADER_BYTES, what, weights, size, _kernels.checksum(packed))
+    image[: len(header)] = np.frombuffer(header, np.uint8)
     descriptor, name = tempfile.mkstemp(suffix=".new", dir=path.parent)  # readable by its user only
     try:
-        with open(descriptor, "r+b") as file:
-            # Room that is only promised would end the process when the disk is full.
-            _take_room(descriptor, _HEADER_BYTES + size)
-            packed: Bytes = np.memmap(file, np.uint8, mode="r+", offset=0)[_HEADER_BYTES:].view(np.ndarray)
-            pack(packed)
-            header = _HEADER.pack(_MAGIC, FORMAT, _HEADER_BYTES, what, weights, size, _kernels.checksum(packed))
-            del packed
-            file.seek(0)
-            file.write(header.ljust(_HEADER_BYTES, b"\0"))
-            file.flush()
-            os.fsync(file.fileno())
+        with open(descriptor, "wb", buffering=0) as file:
+            for start in range(0, len(image), _PIECE_BYTES):
+                left = image.data[start : start + _PIECE_BYTES]
+                while left:
+                    left = left[file.write(left) :]
+                release_pages(image[start : start + _PIECE_BYTES])
+            os.fsync(descriptor)
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
-
-
-def _take_room(descriptor: int, size: int) -> None:
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-        return
-    zeros = bytes(1 << 20)
-    while size > 0:
-        size -= os.write(descriptor, zeros[:size])
 
 
 def _remove_old(folder: Path, keep: Path) -> None:
