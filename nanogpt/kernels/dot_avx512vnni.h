@@ -120,12 +120,13 @@ inline void dot_unpacked(const uint8_t* a, size_t a_stride, const GroupInfo* inf
 
 template <int R>
 NG_INLINE void dot_group(const uint8_t* a, size_t a_stride, int groups, int g, const uint8_t* w, I32 (&sums)[R]) {
-  __m512i acc[R];
+  __m512i low[R], high[R];  // one sum alone would wait for itself
   int32_t exponents[R];
   each<R>(NG_BODY(r) {
     const GroupInfo info = group_info(a + r * a_stride, groups, g);
     exponents[r] = info.exponent;
-    acc[r] = _mm512_set1_epi32(-8 * info.sum);
+    low[r] = _mm512_set1_epi32(-8 * info.sum);
+    high[r] = _mm512_setzero_si512();
   });
   a += g * kGroup;
   const __m512i mask = _mm512_set1_epi8(15);
@@ -134,11 +135,11 @@ NG_INLINE void dot_group(const uint8_t* a, size_t a_stride, int groups, int g, c
     const __m512i b0 = _mm512_and_si512(both, mask), b1 = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
     each<R>(NG_BODY(r) {
       const uint8_t* row = a + r * a_stride + 4 * i;
-      multiply_add(acc[r], b0, broadcast4(row));
-      multiply_add(acc[r], b1, broadcast4(row + 32));
+      multiply_add(low[r], b0, broadcast4(row));
+      multiply_add(high[r], b1, broadcast4(row + 32));
     });
   });
-  each<R>(NG_BODY(r) { sums[r].v[0] = (NativeU)acc[r] << exponents[r]; });
+  each<R>(NG_BODY(r) { sums[r].v[0] = (NativeU)_mm512_add_epi32(low[r], high[r]) << exponents[r]; });
 }
 
 }  // namespace
