@@ -93,57 +93,43 @@ inline void write_kv(const Step& s, int layer, const Span& span, int head) {
   }
 }
 
-// One head of a leaf: scores' sums of R queries with its 64 tokens / the tokens' weights with its V. `ahead`: see dot_15.
-template <int R = kMaxRows>
+// body(p, P) for all panels, P from p on at once: as many as there are registers for the sums of R rows.
+template <int R, class Body>
+NG_INLINE void by_panels(int panels, const Body& body) {
+  constexpr std::integral_constant<int, kPanelsAtOnce == 4 ? (R <= 3 ? 4 : 2) : 1> wide;
+  int p = 0;
+  for (; p + wide <= panels; p += wide) body(p, wide);
+  for (; p < panels; p++) body(p, std::integral_constant<int, 1>());
+}
+
+// One head of a leaf: scores' sums of `rows` queries with its 64 tokens / the tokens' weights with its V. `ahead`: see dot_15.
 NG_INLINE void leaf_scores(int rows, const KvGeometry& kv, const uint8_t* q, size_t q_stride, int plane,
                            const int32_t* offsets, const uint8_t* leaf, int panels, int32_t* out, int ld, size_t ahead) {
-  if constexpr (R > 0) {
-    if (rows != R) return leaf_scores<R - 1>(rows, kv, q, q_stride, plane, offsets, leaf, panels, out, ld, ahead);
-    int p = 0;
-    constexpr int kWide = kPanelsAtOnce == 4 ? (R <= 3 ? 4 : 2) : 1;
-    for (; p + kWide <= panels; p += kWide) {
-      const uint8_t* w = leaf + p * (kv.k_bytes / 4);
+  const size_t stride = kv.k_bytes / 4;
+  with_constant<kMaxRows>(rows, NG_BODY(R) {
+    by_panels<R>(panels, [&](int p, auto P) __attribute__((always_inline)) {
+      const uint8_t* w = leaf + p * stride;
       if (kv.f32)
-        dot_f32<R, kWide>((const float*)q, q_stride / 4, (const float*)w, kv.k_bytes / 16, kv.d,
-                          (float*)out + 16 * p, ld, false);
+        dot_f32<R, P>((const float*)q, q_stride / 4, (const float*)w, stride / 4, kv.d, (float*)out + 16 * p, ld, false);
       else
-        dot_15<R, kWide>(q, q_stride, plane, w, kv.k_bytes / 4, kv.dk / 4, offsets, out + 16 * p, ld, false, ahead);
-    }
-    for (; p < panels; p++) {
-      const uint8_t* w = leaf + p * (kv.k_bytes / 4);
-      if (kv.f32)
-        dot_f32<R, 1>((const float*)q, q_stride / 4, (const float*)w, 0, kv.d, (float*)out + 16 * p, ld, false);
-      else
-        dot_15<R, 1>(q, q_stride, plane, w, 0, kv.dk / 4, offsets, out + 16 * p, ld, false, ahead);
-    }
-  }
+        dot_15<R, P>(q, q_stride, plane, w, stride, kv.dk / 4, offsets, out + 16 * p, ld, false, ahead);
+    });
+  });
 }
-template <int R = kMaxRows>
-NG_INLINE void leaf_values(int rows, const KvGeometry& kv, const uint8_t* p, size_t p_stride, int plane,
+NG_INLINE void leaf_values(int rows, const KvGeometry& kv, const uint8_t* weights, size_t weights_stride, int plane,
                            const int32_t* offsets, const uint8_t* leaf, int tokens, int32_t* out, int ld, bool add,
                            size_t ahead) {
-  if constexpr (R > 0) {
-    if (rows != R) return leaf_values<R - 1>(rows, kv, p, p_stride, plane, offsets, leaf, tokens, out, ld, add, ahead);
-    const uint8_t* w = leaf + kv.k_bytes;
-    const int kq = (tokens + 3) / 4;
-    int c = 0;
-    constexpr int kWide = kPanelsAtOnce == 4 ? (R <= 3 ? 4 : 2) : 1;
-    const size_t stride = kv.f32 ? size_t(kLeafTokens) * 64 : size_t(kLeafTokens) * 16;
-    for (; c + 16 * kWide <= kv.dv; c += 16 * kWide) {
+  const size_t stride = size_t(kLeafTokens) * (kv.f32 ? 64 : 16);
+  with_constant<kMaxRows>(rows, NG_BODY(R) {
+    by_panels<R>(kv.dv / kLanes, [&](int p, auto P) __attribute__((always_inline)) {
+      const uint8_t* w = leaf + kv.k_bytes + p * stride;
       if (kv.f32)
-        dot_f32<R, kWide>((const float*)p, p_stride / 4, (const float*)(w + c / 16 * stride), stride / 4, tokens,
-                          (float*)out + c, ld, add);
-      else
-        dot_15<R, kWide>(p, p_stride, plane, w + c / 16 * stride, stride, kq, offsets, out + c, ld, add, ahead);
-    }
-    for (; c < kv.dv; c += 16) {
-      if (kv.f32)
-        dot_f32<R, 1>((const float*)p, p_stride / 4, (const float*)(w + c / 16 * stride), 0, tokens, (float*)out + c,
+        dot_f32<R, P>((const float*)weights, weights_stride / 4, (const float*)w, stride / 4, tokens, (float*)out + 16 * p,
                       ld, add);
       else
-        dot_15<R, 1>(p, p_stride, plane, w + c / 16 * stride, 0, kq, offsets, out + c, ld, add, ahead);
-    }
-  }
+        dot_15<R, P>(weights, weights_stride, plane, w, stride, (tokens + 3) / 4, offsets, out + 16 * p, ld, add, ahead);
+    });
+  });
 }
 
 // The weights of one row's tokens [0, n): softmax without its division, quantized for the product with V.

@@ -85,14 +85,13 @@ NG_INLINE void finish_tiles(const Matrix& m, const TileSums& sums, const TileBlo
 }
 #endif
 
-// `rows` (1 .. kMaxRows) x `panels` (1, or kPanelsAtOnce and its half) to sums, with the count of rows made a constant.
-template <int P, int R = kMaxRows>
+// `rows` (1 .. kMost) x P panels to sums.
+template <int P, int kMost = kMaxRows>
 NG_INLINE void dot_rows(int rows, const Matrix& m, const uint8_t* a, size_t a_stride, const int32_t* offsets,
                         int panel, int32_t* out, int ld, Ahead ahead) {
-  if constexpr (R > 0) {
-    if (rows != R) return dot_rows<P, R - 1>(rows, m, a, a_stride, offsets, panel, out, ld, ahead);
-    const uint8_t* w = m.data + size_t(panel) * m.panel_bytes;
-    const GroupInfo* info = reinterpret_cast<const GroupInfo*>(a + 2 * size_t(m.k_pad));
+  const uint8_t* w = m.data + size_t(panel) * m.panel_bytes;
+  const GroupInfo* info = reinterpret_cast<const GroupInfo*>(a + 2 * size_t(m.k_pad));
+  with_constant<kMost>(rows, NG_BODY(R) {
     if (m.kind == Kind::kI8) {
       dot_shared<R, P>(a, a_stride, info, w, m.panel_bytes, m.k_pad / kGroup, offsets, out, ld, ahead);
     } else if (m.kind == Kind::kF32) {
@@ -100,23 +99,10 @@ NG_INLINE void dot_rows(int rows, const Matrix& m, const uint8_t* a, size_t a_st
     } else if constexpr (P == 1) {
       dot_i4<R>(a, a_stride, w, m.k_pad / kGroup, (float*)out, ld, ahead);
     }
-  }
+  });
 }
 
 #if defined(__AVX512VNNI__)
-template <int P, int R = kMaxRows>
-NG_INLINE void dot_unpacked_rows(int rows, const Matrix& m, const uint8_t* a, size_t a_stride, const uint8_t* bytes,
-                                 size_t bytes_stride, int panel, int g0, int n, float* totals, int ld, Ahead ahead) {
-  if constexpr (R > 0) {
-    if (rows != R)
-      return dot_unpacked_rows<P, R - 1>(rows, m, a, a_stride, bytes, bytes_stride, panel, g0, n, totals, ld, ahead);
-    const GroupInfo* info = reinterpret_cast<const GroupInfo*>(a + 2 * size_t(m.k_pad)) + g0;
-    const uint8_t* scales = m.data + size_t(panel) * m.panel_bytes + size_t(g0) * kGroupBytes + 512;
-    dot_unpacked<R, P>(a + g0 * kGroup, a_stride, info, bytes, bytes_stride, scales, m.panel_bytes, n, totals, ld, g0 > 0,
-                       ahead);
-  }
-}
-
 // matmul_part of an int4 matrix for many rows: a few groups of a pair of panels are unpacked to bytes, which stay in the
 // L1 cache for all rows.
 inline void matmul_unpacked(const Matrix& m, const Act& act, int r0, int n, int first, int last, float* out, size_t ldo,
@@ -140,11 +126,14 @@ inline void matmul_unpacked(const Matrix& m, const Act& act, int r0, int n, int 
           const uint8_t* a = act.data + (r0 + begin + r) * act.stride;
           const int index = begin / kMaxRows + g, lines = index * share >= all_lines ? 0 : share;
           const Ahead ahead{next + (size_t(index) * depth + g0) * lines * 64, lines};
-          float* to = totals + r * kWidth;
-          if (width == 2)
-            dot_unpacked_rows<2>(count, m, a, act.stride, bytes[0], sizeof bytes[0], p, g0, num, to, kWidth, ahead);
-          else
-            dot_unpacked_rows<1>(count, m, a, act.stride, bytes[0], sizeof bytes[0], p, g0, num, to, kWidth, ahead);
+          const GroupInfo* info = reinterpret_cast<const GroupInfo*>(a + 2 * size_t(m.k_pad)) + g0;
+          const uint8_t* scales = m.data + size_t(p) * m.panel_bytes + size_t(g0) * kGroupBytes + 512;
+          with_constant<2>(width, NG_BODY(P) {
+            with_constant<kMaxRows>(count, NG_BODY(R) {
+              dot_unpacked<R, P>(a + g0 * kGroup, act.stride, info, bytes[0], sizeof bytes[0], scales, m.panel_bytes, num,
+                                 totals + r * kWidth, kWidth, g0 > 0, ahead);
+            });
+          });
         }
       }
       finish(m, reinterpret_cast<const int32_t*>(totals), kWidth, rows, p * kLanes, width * kLanes,

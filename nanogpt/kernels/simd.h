@@ -57,6 +57,15 @@ NG_INLINE void each(const Body& body) {
 }
 #define NG_BODY(i) [&](auto i) __attribute__((always_inline))
 
+// body(n) with n, which is 1 .. N, as a constant.
+template <int N, class Body>
+NG_INLINE void with_constant(int n, const Body& body) {
+  if constexpr (N > 1) {
+    if (n != N) return with_constant<N - 1>(n, body);
+  }
+  body(std::integral_constant<int, N>{});
+}
+
 #define NG_LANES for (int i = 0; i < kParts; i++)
 
 // A register at a time: GCC copies all 64 bytes at once through the stack, in pieces that a register's load then waits for.
