@@ -122,12 +122,13 @@ class Slots:
 
         Raises: AssertionError. Called by tests after every action.
         """
-        self._settle()
         every = [*self._free, *self._cached, *self._running]
         if sorted(every) != list(range(self.num_slots)):
             raise AssertionError(f"a slot was lost or is owned twice: {self._free=} {self._cached=} {self._running=}")
         if self._running != running:
             raise AssertionError(f"running slots are {self._running}, the sequences own {running}")
+        if any(not self._running.issuperset(slots.tolist()) for slots, _, _ in self._grown):
+            raise AssertionError("a slot that is not running has grown")
         if any(self.num_held[slot] for slot in self._free):
             raise AssertionError("a free slot claims to hold something")
         if not all(self.num_held[slot] for slot in self._cached):

@@ -42,7 +42,7 @@ _MAGIC = b"nanogpt packed\r\n"
 _HEADER = struct.Struct("<16sII32s32sQQ")  # magic, format, header's bytes, what it is, weights, size, checksum
 _HEADER_BYTES = 128  # the data begins on a cache line
 _ABANDONED_S = 3600.0
-_PIECE_BYTES = 32 << 20
+_PIECE_BYTES = 32 << 20  # whole pages: they are given back
 
 
 def packed_weights(checkpoint: Checkpoint, description: str, size: int, pack: Callable[[Bytes], None]) -> Bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -147,6 +148,17 @@ def test_the_second_start_maps_what_the_first_one_packed(
     assert len(packed) == 3
     assert {path.suffix for path in cache.iterdir()} == {".packed"}
     assert cache.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_file_that_takes_several_pieces_is_whole(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_cache, "_PIECE_BYTES", mmap.PAGESIZE)
+    packed = count_packing(monkeypatch)
+    first = some_logits(settled_checkpoint(tmp_path))
+    assert packed[0] > 3 * mmap.PAGESIZE
+    np.testing.assert_array_equal(some_logits(settled_checkpoint(tmp_path)), first)
+    assert len(packed) == 1, "what was written was read back as it was"
 
 
 @settings(deadline=None)  # it waits for the disk
