@@ -59,7 +59,8 @@ def release_pages(array: npt.NDArray[Any]) -> None:
     """Take a mapped file's pages under an array out of this process's memory: they were read, and may be again.
 
     Weights are looked at in pieces (checked, hashed, packed). Without this all of a file would be in memory in the end,
-    though nobody needs more than a piece at a time. An array that lies on no mapping is left alone.
+    though nobody needs more than a piece at a time. An array that lies on no mapping is left alone. One that lies on a
+    mapping of no file loses what it holds.
     """
     base: object = array
     while base is not None and not isinstance(base, mmap.mmap):

@@ -93,7 +93,7 @@ inline void write_kv(const Step& s, int layer, const Span& span, int head) {
   }
 }
 
-// body(p, P) for all panels, P from p on at once: as many as there are registers for the sums of R rows.
+// body(p, P) for panels p .. p + P until all are done; P is as large as there are registers for the sums of R rows.
 template <int R, class Body>
 NG_INLINE void by_panels(int panels, const Body& body) {
   constexpr std::integral_constant<int, kPanelsAtOnce == 4 ? (R <= 3 ? 4 : 2) : 1> wide;

@@ -25,6 +25,19 @@ NG_INLINE __m512i broadcast4(const uint8_t* p) {
   return _mm512_set1_epi32(four);
 }
 
+// s += the products of R rows with a group of P panels; a and w go on to the next group.
+template <int R, int P>
+NG_INLINE void add_group(const uint8_t*& a, size_t a_stride, const uint8_t*& w, size_t w_stride, __m512i (&s)[R][P]) {
+  for (int k = 0; k < 16; k++, a += 4, w += 64) {
+    __m512i b[P];
+    each<P>(NG_BODY(p) { b[p] = _mm512_loadu_si512(w + p * w_stride); });
+    each<R>(NG_BODY(r) {
+      const __m512i x = broadcast4(a + r * a_stride);
+      each<P>(NG_BODY(p) { multiply_add(s[r][p], b[p], x); });
+    });
+  }
+}
+
 template <int R, int P>
 inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo* info, const uint8_t* w, size_t w_stride,
                        int groups, const int32_t* offsets, int32_t* out, int ldo, Ahead ahead) {
@@ -35,14 +48,7 @@ inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo* info,
   for (int g = 0; g < groups; g++, info++) {
     __m512i s[R][P];
     each<R>(NG_BODY(r) { each<P>(NG_BODY(p) { s[r][p] = _mm512_setzero_si512(); }); });
-    for (int k = 0; k < 16; k++, a += 4, w += 64) {
-      __m512i b[P];
-      each<P>(NG_BODY(p) { b[p] = _mm512_loadu_si512(w + p * w_stride); });
-      each<R>(NG_BODY(r) {
-        const __m512i x = broadcast4(a + r * a_stride);
-        each<P>(NG_BODY(p) { multiply_add(s[r][p], b[p], x); });
-      });
-    }
+    add_group<R, P>(a, a_stride, w, w_stride, s);
     each<R>(NG_BODY(r) {
       const __m512i e = broadcast4((const uint8_t*)info + r * a_stride);
       each<P>(NG_BODY(p) { total[r][p] = _mm512_add_epi32(total[r][p], _mm512_sllv_epi32(s[r][p], e)); });
@@ -95,14 +101,7 @@ inline void dot_unpacked(const uint8_t* a, size_t a_stride, const GroupInfo* inf
       const __m512i eight = _mm512_slli_epi32(broadcast4((const uint8_t*)&info->sum + r * a_stride), 3);
       each<P>(NG_BODY(p) { s[r][p] = _mm512_sub_epi32(_mm512_setzero_si512(), eight); });
     });
-    for (int k = 0; k < 16; k++, a += 4, w += 64) {
-      __m512i b[P];
-      each<P>(NG_BODY(p) { b[p] = _mm512_loadu_si512(w + p * w_stride); });
-      each<R>(NG_BODY(r) {
-        const __m512i x = broadcast4(a + r * a_stride);
-        each<P>(NG_BODY(p) { multiply_add(s[r][p], b[p], x); });
-      });
-    }
+    add_group<R, P>(a, a_stride, w, w_stride, s);
     F32 scale[P];
     each<P>(NG_BODY(p) { scale[p] = load_bf16(scales + p * panel_bytes); });
     each<R>(NG_BODY(r) {
