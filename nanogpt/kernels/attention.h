@@ -2,6 +2,7 @@
 #pragma once
 
 #include "elementwise.h"
+#include "kv.h"
 #include "rows.h"
 #include "step.h"
 #if defined(NANOGPT_AMX)
@@ -10,11 +11,6 @@
 
 namespace nanogpt {
 namespace {
-
-NG_INLINE uint8_t* leaf_at(const Step& s, int slot, int block, int layer, int head) {
-  return s.kv_base + slot * s.kv.slot_bytes + block * s.kv.block_bytes +
-         size_t(layer * s.kv.n_head + head) * s.kv.leaf_bytes;
-}
 
 // K and V of N tokens of one head, t .. t + N of a leaf, as int8. Of the tokens in a line of V all are ours, or the others
 // are kept.

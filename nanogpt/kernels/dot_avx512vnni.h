@@ -25,10 +25,16 @@ NG_INLINE __m512i broadcast4(const uint8_t* p) {
   return _mm512_set1_epi32(four);
 }
 
-// s += the products of R rows with a group of P panels; a and w go on to the next group.
+// s += the products of R rows with a group of P panels; a, w and ahead go on to the next group. Lines are fetched one by one:
+// all at once they hold up the loads.
 template <int R, int P>
-NG_INLINE void add_group(const uint8_t*& a, size_t a_stride, const uint8_t*& w, size_t w_stride, __m512i (&s)[R][P]) {
+NG_INLINE void add_group(const uint8_t*& a, size_t a_stride, const uint8_t*& w, size_t w_stride, Ahead& ahead,
+                         __m512i (&s)[R][P]) {
   for (int k = 0; k < 16; k++, a += 4, w += 64) {
+    if (k < ahead.lines) {
+      prefetch(ahead.next);
+      ahead.next += 64;
+    }
     __m512i b[P];
     each<P>(NG_BODY(p) { b[p] = _mm512_loadu_si512(w + p * w_stride); });
     each<R>(NG_BODY(r) {
@@ -48,12 +54,12 @@ inline void dot_shared(const uint8_t* a, size_t a_stride, const GroupInfo* info,
   for (int g = 0; g < groups; g++, info++) {
     __m512i s[R][P];
     each<R>(NG_BODY(r) { each<P>(NG_BODY(p) { s[r][p] = _mm512_setzero_si512(); }); });
-    add_group<R, P>(a, a_stride, w, w_stride, s);
+    add_group<R, P>(a, a_stride, w, w_stride, ahead, s);
     each<R>(NG_BODY(r) {
       const __m512i e = broadcast4((const uint8_t*)info + r * a_stride);
       each<P>(NG_BODY(p) { total[r][p] = _mm512_add_epi32(total[r][p], _mm512_sllv_epi32(s[r][p], e)); });
     });
-    for (int i = 0; i < ahead.lines; i++, ahead.next += 64) prefetch(ahead.next);
+    for (int i = 16; i < ahead.lines; i++, ahead.next += 64) prefetch(ahead.next);
   }
   each<R>(NG_BODY(r) { each<P>(NG_BODY(p) { _mm512_storeu_si512(out + r * ldo + kLanes * p, total[r][p]); }); });
 }
@@ -101,7 +107,7 @@ inline void dot_unpacked(const uint8_t* a, size_t a_stride, const GroupInfo* inf
       const __m512i eight = _mm512_slli_epi32(broadcast4((const uint8_t*)&info->sum + r * a_stride), 3);
       each<P>(NG_BODY(p) { s[r][p] = _mm512_sub_epi32(_mm512_setzero_si512(), eight); });
     });
-    add_group<R, P>(a, a_stride, w, w_stride, s);
+    add_group<R, P>(a, a_stride, w, w_stride, ahead, s);
     F32 scale[P];
     each<P>(NG_BODY(p) { scale[p] = load_bf16(scales + p * panel_bytes); });
     each<R>(NG_BODY(r) {
@@ -112,7 +118,7 @@ inline void dot_unpacked(const uint8_t* a, size_t a_stride, const GroupInfo* inf
         total[r][p] = fma(to_float(sum), scale[p], total[r][p]);
       });
     });
-    for (int i = 0; i < ahead.lines; i++, ahead.next += 64) prefetch(ahead.next);
+    for (int i = 16; i < ahead.lines; i++, ahead.next += 64) prefetch(ahead.next);
   }
   each<R>(NG_BODY(r) { each<P>(NG_BODY(p) { store(totals + r * ld + kLanes * p, total[r][p]); }); });
 }

@@ -28,9 +28,11 @@ inline void forward(const Step& s, Cursor& cursor, int64_t& last) {
     }
   });
   lap(s, cursor, Part::kEmbedding, last);
+  Upcoming upcoming(s, cursor.thread);
+  upcoming.begin(0);
   for (int i = 0; i < c.n_layer; i++) {
     const Layer& layer = w.layers[i];
-    matmul(s, cursor, layer.qkv, rows, s.qkv, s.ldqkv, Then::kStore, [&](int r, float* out) {
+    matmul(s, cursor, layer.qkv, rows, s.qkv, s.ldqkv, Then::kStore, upcoming, [&](int r, float* out) {
       layer_norm(s.x + r * s.ldx, c.n_embd, layer.ln1_w, layer.ln1_b, c.eps, out);
       return out;
     });
@@ -43,14 +45,15 @@ inline void forward(const Step& s, Cursor& cursor, int64_t& last) {
     }
     phase(s, cursor, s.num_tasks, [&](int task) { attend(s, i, task, s.scratch[cursor.thread]); });
     lap(s, cursor, Part::kAttention, last);
-    matmul(s, cursor, layer.proj, rows, s.x, s.ldx, Then::kAdd, [&](int r, float*) { return s.att + r * s.ldx; });
+    upcoming.begin(i + 1);
+    matmul(s, cursor, layer.proj, rows, s.x, s.ldx, Then::kAdd, upcoming, [&](int r, float*) { return s.att + r * s.ldx; });
     lap(s, cursor, Part::kProj, last);
-    matmul(s, cursor, layer.fc, rows, s.h, s.ldh, gelu, [&](int r, float* out) {
+    matmul(s, cursor, layer.fc, rows, s.h, s.ldh, gelu, upcoming, [&](int r, float* out) {
       layer_norm(s.x + r * s.ldx, c.n_embd, layer.ln2_w, layer.ln2_b, c.eps, out);
       return out;
     });
     lap(s, cursor, Part::kFc, last);
-    matmul(s, cursor, layer.fc_proj, rows, s.x, s.ldx, Then::kAdd, [&](int r, float*) { return s.h + r * s.ldh; });
+    matmul(s, cursor, layer.fc_proj, rows, s.x, s.ldx, Then::kAdd, upcoming, [&](int r, float*) { return s.h + r * s.ldh; });
     lap(s, cursor, Part::kFcProj, last);
   }
 }
@@ -60,7 +63,8 @@ inline void head(const Step& s, Cursor& cursor) {
 #if defined(NANOGPT_AMX)
   AmxTiles tiles;
 #endif
-  matmul(s, cursor, w.head, s.num_out, s.logits, s.ld_logits, Then::kStore, [&](int r, float* out) {
+  Upcoming nothing(s, cursor.thread);
+  matmul(s, cursor, w.head, s.num_out, s.logits, s.ld_logits, Then::kStore, nothing, [&](int r, float* out) {
     layer_norm(s.x + s.out_rows[r] * s.ldx, w.config.n_embd, w.lnf_w, w.lnf_b, w.config.eps, out);
     return out;
   });

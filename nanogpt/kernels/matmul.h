@@ -2,6 +2,7 @@
 #pragma once
 
 #include "elementwise.h"
+#include "kv.h"
 #include "rows.h"
 #include "step.h"
 #if defined(NANOGPT_AMX)
@@ -85,6 +86,15 @@ NG_INLINE void finish_tiles(const Matrix& m, const TileSums& sums, const TileBlo
 }
 #endif
 
+// What group g of `groups` groups of rows fetches beside its products with inputs [g0, g0 + n), in groups of 64 of `depth`: its
+// part of the next panels, of which `lines` are read for 64 inputs, or K and V.
+NG_INLINE Ahead ahead_of(const uint8_t* next, int lines, int depth, int g0, int n, int g, int groups, Upcoming& upcoming) {
+  const int sharers = upcoming.any() ? imin(groups, Upcoming::kFetchWeights) : groups;
+  const int share = (lines + sharers - 1) / sharers;
+  if (g * share >= lines) return upcoming.take(n);
+  return {next + (size_t(g) * depth + g0) * share * 64, share};
+}
+
 // `rows` (1 .. kMost) x P panels to sums.
 template <int P, int kMost = kMaxRows>
 NG_INLINE void dot_rows(int rows, const Matrix& m, const uint8_t* a, size_t a_stride, const int32_t* offsets,
@@ -106,15 +116,14 @@ NG_INLINE void dot_rows(int rows, const Matrix& m, const uint8_t* a, size_t a_st
 // matmul_part of an int4 matrix for many rows: a few groups of a pair of panels are unpacked to bytes, which stay in the
 // L1 cache for all rows.
 inline void matmul_unpacked(const Matrix& m, const Act& act, int r0, int n, int first, int last, float* out, size_t ldo,
-                            Then then) {
+                            Then then, Upcoming& upcoming) {
   constexpr int kUnpacked = 6, kRowsAtOnce = 16 * kMaxRows, kWidth = 2 * kLanes;
   alignas(64) uint8_t bytes[2][kUnpacked * kGroup * kLanes];
   alignas(64) float totals[kRowsAtOnce * kWidth];
   const int depth = m.k_pad / kGroup, num_groups = (n + kMaxRows - 1) / kMaxRows;
   for (int p = first, width; p < last; p += width) {
     width = last - p >= 2 ? 2 : 1;
-    // Each group of rows fetches its part of the next panels.
-    const int all_lines = int(m.panel_bytes / depth + 63) / 64 * width, share = (all_lines + num_groups - 1) / num_groups;
+    const int lines = int(m.panel_bytes / depth + 63) / 64 * width;
     const uint8_t* next = m.data + size_t(p + width) * m.panel_bytes;
     for (int begin = 0; begin < n; begin += kRowsAtOnce) {
       const int rows = imin(kRowsAtOnce, n - begin), groups = (rows + kMaxRows - 1) / kMaxRows;
@@ -124,8 +133,7 @@ inline void matmul_unpacked(const Matrix& m, const Act& act, int r0, int n, int 
         for (int g = 0; g < groups; g++) {
           const int r = rows * g / groups, count = rows * (g + 1) / groups - r;
           const uint8_t* a = act.data + (r0 + begin + r) * act.stride;
-          const int index = begin / kMaxRows + g, lines = index * share >= all_lines ? 0 : share;
-          const Ahead ahead{next + (size_t(index) * depth + g0) * lines * 64, lines};
+          const Ahead ahead = ahead_of(next, lines, depth, g0, num, begin / kMaxRows + g, num_groups, upcoming);
           const GroupInfo* info = reinterpret_cast<const GroupInfo*>(a + 2 * size_t(m.k_pad)) + g0;
           const uint8_t* scales = m.data + size_t(p) * m.panel_bytes + size_t(g0) * kGroupBytes + 512;
           with_constant<2>(width, NG_BODY(P) {
@@ -145,7 +153,7 @@ inline void matmul_unpacked(const Matrix& m, const Act& act, int r0, int n, int 
 
 // out = act x m for rows [r0, r0 + n) and panels [first, last).
 inline void matmul_part(const Matrix& m, const Act& act, int r0, int n, int first, int last, float* out, size_t ldo,
-                        Then then) {
+                        Then then, Upcoming& upcoming) {
 #if defined(NANOGPT_AMX)
   const uint8_t* tiles = act.data + r0 * act.stride;
   if (act.format == ActFormat::kTiles) {
@@ -164,7 +172,7 @@ inline void matmul_part(const Matrix& m, const Act& act, int r0, int n, int firs
   }
 #endif
 #if defined(__AVX512VNNI__)
-  if (m.kind == Kind::kI4 && n >= kUnpackFrom) return matmul_unpacked(m, act, r0, n, first, last, out, ldo, then);
+  if (m.kind == Kind::kI4 && n >= kUnpackFrom) return matmul_unpacked(m, act, r0, n, first, last, out, ldo, then, upcoming);
 #endif
   alignas(64) int32_t sums[kMaxRows * 16 * 4];
   const int groups = (n + kMaxRows - 1) / kMaxRows;
@@ -174,10 +182,9 @@ inline void matmul_part(const Matrix& m, const Act& act, int r0, int n, int firs
     for (int g = 0; g < groups; g++) {
       const int r = r0 + n * g / groups, count = r0 + n * (g + 1) / groups - r;
       const uint8_t* a = act.data + r * act.stride;
-      // Each group of rows fetches its part of the next panels.
-      const int depth = m.k_pad / kGroup, all_lines = int(m.panel_bytes / depth + 63) / 64 * width;
-      const int share = (all_lines + groups - 1) / groups, lines = n < kFetchFrom || g * share >= all_lines ? 0 : share;
-      const Ahead ahead{m.data + size_t(p + width) * m.panel_bytes + size_t(g) * lines * 64 * depth, lines};
+      const int depth = m.k_pad / kGroup, lines = n < kFetchFrom ? 0 : int(m.panel_bytes / depth + 63) / 64 * width;
+      const Ahead ahead =
+          ahead_of(m.data + size_t(p + width) * m.panel_bytes, lines, depth, 0, depth, g, groups, upcoming);
       // Where the output is larger than a cache, its lines would hold up the stores and then, through them, everything.
       for (int i = 0; i < count; i++)
         for (int c = 0; c < width; c++) prefetch_near(out + (r + i) * ldo + (p + c) * kLanes);
@@ -196,7 +203,7 @@ inline void matmul_part(const Matrix& m, const Act& act, int r0, int n, int firs
 // cheaper than a phase; larger ones together.
 template <class Make>
 NG_INLINE void matmul(const Step& s, Cursor& cursor, const Matrix& m, int rows, float* out, size_t ldo, Then then,
-                      const Make& make) {
+                      Upcoming& upcoming, const Make& make) {
   Scratch& scratch = s.scratch[cursor.thread];
   const bool own = rows <= kOwnRows;
   float* scale = own ? scratch.act_scale : s.act_scale;
@@ -232,7 +239,7 @@ NG_INLINE void matmul(const Step& s, Cursor& cursor, const Matrix& m, int rows, 
     prepared = true;
     const int r0 = units * (chunk / strips) / blocks * unit;
     const int r1 = imin(rows, units * (chunk / strips + 1) / blocks * unit);
-    matmul_part(m, act, r0, r1 - r0, strip_begin(chunk % strips), strip_begin(chunk % strips + 1), out, ldo, then);
+    matmul_part(m, act, r0, r1 - r0, strip_begin(chunk % strips), strip_begin(chunk % strips + 1), out, ldo, then, upcoming);
   });
 }
 

@@ -76,10 +76,14 @@ void Team::quiesce() {
   for (int32_t busy; (busy = busy_.load(std::memory_order_acquire)) != 0;) busy_.wait(busy);
 }
 
+int Team::share_begin(int num_chunks, int thread) const {
+  return int(int64_t(num_chunks) * thread / size_);
+}
+
 int Team::take(Cursor& cursor, int num_chunks) {
   for (int i = 0; i < size_; i++) {
     const int owner = cursor.thread + i < size_ ? cursor.thread + i : cursor.thread + i - size_;
-    const int first = int(int64_t(num_chunks) * owner / size_), last = int(int64_t(num_chunks) * (owner + 1) / size_);
+    const int first = share_begin(num_chunks, owner), last = share_begin(num_chunks, owner + 1);
     std::atomic<uint64_t>& counter = share(cursor.phase, owner).value;
     uint64_t value = counter.load(std::memory_order_relaxed);
     for (;;) {

@@ -42,8 +42,11 @@ class Team {
   // Returns when no thread is inside a job: before memory that jobs read is given back.
   void quiesce();
 
+  // These are out of line on purpose: see simd.h.
+  // Where a thread's share of a phase's chunks begins; it ends where the next thread's does.
+  int share_begin(int num_chunks, int thread) const;
   // The next chunk of the phase for this thread, or -1. Whoever holds a chunk may rely on all earlier phases being done,
-  // this one not being done, and the run going on. These three are out of line on purpose: see simd.h.
+  // this one not being done, and the run going on.
   int take(Cursor& cursor, int num_chunks);
   // Reports this thread's chunks, waits for the others' and goes on to the next phase.
   void finish(Cursor& cursor, int num_chunks);
