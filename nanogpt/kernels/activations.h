@@ -33,7 +33,7 @@ struct TileInfo {
 // Bytes and shorts: 2 * k_pad bytes for the values, then this for every group.
 struct GroupInfo {
   int32_t exponent;
-  int32_t sum;  // of q
+  int32_t start;  // what a sum of products with int4's w + 8 begins with: -8 times the sum of q
 };
 NG_INLINE GroupInfo group_info(const uint8_t* row, int groups, int g) {
   GroupInfo info;
@@ -126,14 +126,15 @@ struct PlainRow {
       lanes = lanes + shift_left(total, exponent);
       return;
     }
-    const GroupInfo info{exponent, sum(total)};
+    const int32_t all = sum(total);
     if (format == ActFormat::kByteTiles) {
-      const TileInfo tile{float(1 << exponent), 8 * info.sum};
+      const TileInfo tile{float(1 << exponent), 8 * all};
       std::memcpy(row + 2 * kTileBytes * g + kTileBytes, &tile, sizeof tile);
     } else {
+      const GroupInfo info{exponent, -8 * all};
       std::memcpy(row + 2 * size_t(n_pad) + g * sizeof info, &info, sizeof info);
     }
-    sum_of_all += uint32_t(info.sum) << exponent;
+    sum_of_all += uint32_t(all) << exponent;
   }
   // The sum of those activations whose products hold 128 times them too much.
   NG_INLINE uint32_t finish() { return sum_of_all + uint32_t(sum(lanes)); }

@@ -104,8 +104,8 @@ inline void dot_unpacked(const uint8_t* a, size_t a_stride, const GroupInfo* inf
   for (int g = 0; g < n; g++, info++, scales += kGroupBytes) {
     __m512i s[R][P];
     each<R>(NG_BODY(r) {
-      const __m512i eight = _mm512_slli_epi32(broadcast4((const uint8_t*)&info->sum + r * a_stride), 3);
-      each<P>(NG_BODY(p) { s[r][p] = _mm512_sub_epi32(_mm512_setzero_si512(), eight); });
+      const __m512i start = broadcast4((const uint8_t*)&info->start + r * a_stride);
+      each<P>(NG_BODY(p) { s[r][p] = start; });
     });
     add_group<R, P>(a, a_stride, w, w_stride, ahead, s);
     F32 scale[P];
@@ -130,7 +130,7 @@ NG_INLINE void dot_group(const uint8_t* a, size_t a_stride, int groups, int g, c
   each<R>(NG_BODY(r) {
     const GroupInfo info = group_info(a + r * a_stride, groups, g);
     exponents[r] = info.exponent;
-    low[r] = _mm512_set1_epi32(-8 * info.sum);
+    low[r] = _mm512_set1_epi32(info.start);
     high[r] = _mm512_setzero_si512();
   });
   a += g * kGroup;

@@ -43,7 +43,7 @@ NG_INLINE void dot_group(const uint8_t* a, size_t a_stride, int groups, int g, c
     alignas(64) int32_t acc[16];
     const uint8_t* row = a + r * a_stride;
     const GroupInfo info = group_info(row, groups, g);
-    for (int c = 0; c < 16; c++) acc[c] = -8 * info.sum;
+    for (int c = 0; c < 16; c++) acc[c] = info.start;
     for (int i = 0; i < 512; i++) {
       const int8_t* x = reinterpret_cast<const int8_t*>(row + g * kGroup) + i / 64 * 4 + i % 4;
       acc[i % 64 / 4] += (w[i] & 15) * x[0] + (w[i] >> 4) * x[32];
