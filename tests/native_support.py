@@ -28,10 +28,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def native_runner(
-    shape: str = "small", precision: str = "int8", threads: int = 1, isa: str = "", num_slots: int = 8
+    shape: str = "small",
+    precision: str = "int8",
+    threads: int = 1,
+    isa: str = "",
+    num_slots: int = 8,
+    **changes: Any,
 ) -> NativeRunner:
-    """A runner on random weights, which leaves nothing in the user's cache."""
-    checkpoint = tiny_checkpoint(**SHAPES[shape])
+    """A runner on random weights, which leaves nothing in the user's cache. ``changes``: of the shape."""
+    checkpoint = tiny_checkpoint(**{**SHAPES[shape], **changes})
     with mock.patch.dict(os.environ, {"NANOGPT_ISA": isa, "NANOGPT_CACHE_DIR": "off"}):
         return NativeRunner(
             checkpoint,  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 #include "model.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -45,6 +46,7 @@ void whole_step(const Step& s, Cursor cursor) {
 void head_alone(const Step& s, Cursor cursor) { s.isa->head(s, cursor); }
 
 constexpr int kRowsAtOnce = 32, kSmallSteps = 64;
+constexpr int kKeptBlocks = 2;  // K and V past a text's end that stay for it to grow into
 
 uint8_t* aligned(uint8_t* p) { return p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64; }
 
@@ -66,6 +68,13 @@ Pages::~Pages() {
   if (data_) munmap(data_, bytes_);
 }
 
+void Pages::give_back(size_t begin, size_t end) {
+  static const size_t page = size_t(sysconf(_SC_PAGESIZE));
+  begin = round_up(begin, page);
+  end = end / page * page;
+  if (begin < end) madvise(data_ + begin, end - begin, MADV_DONTNEED);
+}
+
 Model::Model(const Config& config, const std::vector<Kind>& kinds, const uint8_t* packed, int num_slots, int threads,
              const std::string& isa)
     : weights_(Layout(config, kinds).weights(packed)),
@@ -73,7 +82,8 @@ Model::Model(const Config& config, const std::vector<Kind>& kinds, const uint8_t
       num_slots_(num_slots),
       isa_(find_isa(isa)),
       team_(threads),
-      kv_memory_(kv_.slot_bytes * (size_t(num_slots) + 1)) {
+      kv_memory_(kv_.slot_bytes * (size_t(num_slots) + 1)),
+      kv_blocks_(size_t(num_slots) + 1) {
   const size_t widest = round_up(std::max({config.n_embd, config.n_inner}), kDepth);
   const size_t context = round_up(config.block_size, kDepth), element = kv_.f32 ? 4 : 2;
   const size_t act_row = kv_.f32 ? widest * element : widest / kGroup * isa_->row_group_bytes + 64;
@@ -161,6 +171,18 @@ void Model::make_tasks() {
   }
 }
 
+// A slot's new text is often shorter than the one before. What lay behind it is no longer anybody's.
+void Model::give_back_kv(const Span& span) {
+  int& written = kv_blocks_[span.slot];
+  const int used = (span.start + span.n + kLeafTokens - 1) / kLeafTokens, kept = used + kKeptBlocks;
+  if (written > kept) {
+    const size_t slot = span.slot * kv_.slot_bytes;
+    kv_memory_.give_back(slot + kept * kv_.block_bytes, slot + written * kv_.block_bytes);
+    written = kept;
+  }
+  written = std::max(written, used);
+}
+
 void Model::step(const BatchView& batch, Draws& draws) {
   spans_.clear();
   positions_.clear();
@@ -172,6 +194,7 @@ void Model::step(const BatchView& batch, Draws& draws) {
     if (slot < 0 || slot > num_slots_ || start < 0 || n < 1 || n > c.block_size || start > c.block_size - n)
       throw std::out_of_range("a sequence of the batch lies outside its slot");
     spans_.push_back({slot, start, rows, n, false});
+    give_back_kv(spans_.back());
     for (int i = 0; i < n; i++) {
       const int token = batch.token_ids[rows + i];
       if (token < 0 || token >= c.vocab_size) throw std::out_of_range("a token id is not in the vocabulary");
@@ -221,6 +244,7 @@ void Model::copy_prefix(int source, int target, int num_tokens) {
   // Whole leaves: what lies past the prefix in the last one is overwritten before it is read.
   const size_t blocks = (size_t(num_tokens) + kLeafTokens - 1) / kLeafTokens;
   std::memcpy(step_.kv_base + target * kv_.slot_bytes, step_.kv_base + source * kv_.slot_bytes, blocks * kv_.block_bytes);
+  kv_blocks_[target] = std::max(kv_blocks_[target], int(blocks));
 }
 
 }  // namespace nanogpt

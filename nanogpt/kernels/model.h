@@ -40,6 +40,8 @@ class Pages {
   }
   ~Pages();
   uint8_t* data() const { return data_; }
+  // Whole pages of [begin, end) are zero again, and take no memory until they are touched.
+  void give_back(size_t begin, size_t end);
 
  private:
   uint8_t* data_ = nullptr;
@@ -79,12 +81,14 @@ class Model {
   void reserve(int rows);
   void want_logits(const int32_t* rows, int num_rows);
   void make_tasks();
+  void give_back_kv(const Span& span);
   Weights weights_;
   KvGeometry kv_;
   int num_slots_;
   const Isa* isa_;
   Team team_;
   Pages kv_memory_;
+  std::vector<int> kv_blocks_;  // of each slot, from its first: those that may have been written
   int reserved_rows_ = 0, small_steps_ = 0;  // small: steps in a row that needed less than half of the buffers
   Pages rows_memory_;
   std::unique_ptr<uint8_t[]> thread_memory_;

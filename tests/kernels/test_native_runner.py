@@ -98,6 +98,30 @@ def test_closing_ends_its_threads() -> None:
         time.sleep(0.001)
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's account of the process's memory")
+def test_what_a_longer_text_held_is_given_back() -> None:
+    """A server's memory follows the texts that it holds, not the longest that each slot ever had."""
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    long, short = [1 + i % 30 for i in range(1024)], [5, 6, 7]
+    runner = native_runner(num_slots=16, n_layer=8, n_embd=128, block_size=1024)
+    first = [step(runner, Part(slot, long, state=everything())) for slot in range(16)][-1]
+    full = resident_bytes()
+    for slot in range(15):
+        step(runner, Part(slot, short, state=everything()))
+    # 15 slots of 1,024 tokens, of which 64 are used and 128 kept; for each token 8 layers of K and V of 128 bytes.
+    assert full - resident_bytes() > 0.9 * 15 * (1024 - 64 - 128) * 8 * 2 * 128
+    # What a slot still holds is as it was, and one that was given back fills again.
+    for slot in (15, 0):
+        if slot == 0:
+            step(runner, Part(0, long[:-1]))
+        again = step(runner, Part(slot, long[-1:], 1023, state=everything()))
+        np.testing.assert_array_equal(distribution(again), distribution(first))
+    runner.close()
+
+
 # -- the cache --------------------------------------------------------------------------------------------------------
 
 
