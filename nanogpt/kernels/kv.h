@@ -1,7 +1,7 @@
 // Where K and V lie, and fetching what the next attention will read of them.
 #pragma once
 
-#include "dot.h"
+#include "rows.h"
 #include "step.h"
 
 namespace nanogpt {
@@ -17,8 +17,8 @@ NG_INLINE uint8_t* leaf_at(const Step& s, int slot, int block, int layer, int he
 // some twenty lines are on their way to a core at a time. Most go on to the L3 cache before they are read, which is near enough.
 class Upcoming {
  public:
-  // Groups of rows, of kMaxRows, that fetch the next weights (matmul.h). The others have K and V to fetch.
-  static constexpr int kFetchWeights = 2;
+  // Of so many groups of rows (of kMaxRows) those that fetch the next weights (matmul.h). The others have K and V to fetch.
+  static int fetch_weights(int groups) { return groups < 4 ? imin(groups, 2) : groups / 2; }
 
   // Nothing is upcoming before begin().
   Upcoming(const Step& step, int thread)
@@ -27,8 +27,8 @@ class Upcoming {
         last_(step.team->share_begin(step.num_tasks, thread + 1)) {}
 
   void begin(int layer) {
-    const int row_groups = (s_.num_rows + kMaxRows - 1) / kMaxRows - kFetchWeights;
-    if (row_groups <= 0 || s_.kv.f32) return;
+    const int all_groups = (s_.num_rows + kMaxRows - 1) / kMaxRows, row_groups = all_groups - fetch_weights(all_groups);
+    if (row_groups == 0 || s_.kv.f32) return;
     if (!lines_) {
       int64_t bytes = 0, groups = 0;  // of 64 inputs
       for (rewind(layer); next_run();) bytes += end_ - at_;
