@@ -18,7 +18,7 @@ NG_INLINE uint8_t* leaf_at(const Step& s, int slot, int block, int layer, int he
 class Upcoming {
  public:
   // Of so many groups of rows (of kMaxRows) those that fetch the next weights (matmul.h). The others have K and V to fetch.
-  static int fetch_weights(int groups) { return groups < 4 ? imin(groups, 2) : groups / 2; }
+  static int num_fetching_weights(int groups) { return groups < 4 ? imin(groups, 2) : groups / 2; }
 
   // Nothing is upcoming before begin().
   Upcoming(const Step& step, int thread)
@@ -27,7 +27,7 @@ class Upcoming {
         last_(step.team->share_begin(step.num_tasks, thread + 1)) {}
 
   void begin(int layer) {
-    const int all_groups = (s_.num_rows + kMaxRows - 1) / kMaxRows, row_groups = all_groups - fetch_weights(all_groups);
+    const int all_groups = (s_.num_rows + kMaxRows - 1) / kMaxRows, row_groups = all_groups - num_fetching_weights(all_groups);
     if (row_groups == 0 || s_.kv.f32) return;
     if (!lines_) {
       int64_t bytes = 0, groups = 0;  // of 64 inputs
@@ -35,7 +35,7 @@ class Upcoming {
       const Layer& l = s_.weights->layers[0];
       for (const Matrix* m : {&l.qkv, &l.proj, &l.fc, &l.fc_proj})
         groups += int64_t(m->num_panels()) * (m->k_pad / kGroup) / (kPanelsAtOnce == 4 ? 2 : 1);
-      const int64_t wanted = bytes * s_.team->size() / (64 * groups * row_groups) + 1;
+      const int64_t places = 64 * groups * row_groups, wanted = (bytes * s_.team->size() + places - 1) / places;
       lines_ = int(wanted < kMostLines ? wanted : kMostLines);
     }
     rewind(layer);

@@ -89,7 +89,7 @@ NG_INLINE void finish_tiles(const Matrix& m, const TileSums& sums, const TileBlo
 // What group g of `groups` groups of rows fetches beside its products with inputs [g0, g0 + n), in groups of 64 of `depth`: its
 // part of the next panels, of which `lines` are read for 64 inputs, or K and V.
 NG_INLINE Ahead ahead_of(const uint8_t* next, int lines, int depth, int g0, int n, int g, int groups, Upcoming& upcoming) {
-  const int sharers = upcoming.any() ? Upcoming::fetch_weights(groups) : groups;
+  const int sharers = upcoming.any() ? Upcoming::num_fetching_weights(groups) : groups;
   const int share = (lines + sharers - 1) / sharers;
   if (g * share >= lines) return upcoming.take(n);
   return {next + (size_t(g) * depth + g0) * share * 64, share};
