@@ -30,12 +30,14 @@ class Upcoming {
     const int all_groups = (s_.num_rows + kMaxRows - 1) / kMaxRows, row_groups = all_groups - num_fetching_weights(all_groups);
     if (row_groups == 0 || s_.kv.f32) return;
     if (!lines_) {
-      int64_t bytes = 0, groups = 0;  // of 64 inputs
+      int64_t bytes = 0, places = 0;  // groups of 64 inputs, of all panels and rows
       for (rewind(layer); next_run();) bytes += end_ - at_;
       const Layer& l = s_.weights->layers[0];
       for (const Matrix* m : {&l.qkv, &l.proj, &l.fc, &l.fc_proj})
-        groups += int64_t(m->num_panels()) * (m->k_pad / kGroup) / (kPanelsAtOnce == 4 ? 2 : 1);
-      const int64_t places = 64 * groups * row_groups, wanted = (bytes * s_.team->size() + places - 1) / places;
+        places += int64_t(m->num_panels()) * (m->k_pad / kGroup);
+      places *= row_groups;
+      const int64_t lines = bytes / 64 * s_.team->size() * (kPanelsAtOnce == 4 ? 2 : 1);
+      const int64_t wanted = (lines + places - 1) / places;
       lines_ = int(wanted < kMostLines ? wanted : kMostLines);
     }
     rewind(layer);

@@ -122,6 +122,17 @@ def test_what_a_longer_text_held_is_given_back() -> None:
     runner.close()
 
 
+def test_the_smallest_model_decodes_in_a_large_batch() -> None:
+    """Its matrices are one panel each: what is reckoned a panel or a pair of them must not be divided by none."""
+    runner = native_runner(num_slots=20, n_embd=2, n_head=1, block_size=70)
+    parts = [Part(slot, [3], 66, everything()) for slot in range(20)]
+    for slot in range(20):
+        step(runner, Part(slot, [1 + i % 30 for i in range(66)]))
+    [alone] = step(runner, parts[0]).token_ids
+    assert step(runner, *parts).token_ids == [alone] * 20
+    runner.close()
+
+
 # -- the cache --------------------------------------------------------------------------------------------------------
 
 
